@@ -17,4 +17,9 @@ if __name__ == "kernels":
     else:
         __version__ = "0"
 else:
-    pass
+    from .linear import linear_attention
+    from .pool import pool_grid
+    from .rotary import RopeTables, rotate
+    from .window import window_attention, window_pairs
+
+    __all__ = ["RopeTables", "linear_attention", "pool_grid", "rotate", "window_attention", "window_pairs"]

@@ -1,0 +1,36 @@
+"""One paper a file. To add one: its file, and its config in the list below."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .base import Mechanism, MechanismConfig
+from .clear import CLEAR
+from .linfusion import LinFusion
+from .softmax import Softmax
+
+MECHANISMS: dict[str, type[MechanismConfig]] = {c.name: c for c in (Softmax, LinFusion, CLEAR)}
+
+
+def mechanisms() -> dict[str, type[MechanismConfig]]:
+    """Every mechanism's config class by its name."""
+    return dict(MECHANISMS)
+
+
+def config_from_dict(settings: dict[str, Any]) -> MechanismConfig:
+    """The config that `MechanismConfig.to_dict` wrote; ValueError for an unknown name or setting."""
+    settings = dict(settings)
+    name = settings.pop("name", None)
+    if name not in MECHANISMS:
+        raise ValueError(f"Unknown mechanism {name!r}. Available: {', '.join(MECHANISMS)}.")
+    known = {f.name for f in dataclasses.fields(MECHANISMS[name])}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"{name} has no setting {', '.join(unknown)}. Settings: {', '.join(sorted(known)) or 'none'}.")
+    try:
+        return MECHANISMS[name](**settings)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+__all__ = ["CLEAR", "LinFusion", "Mechanism", "MechanismConfig", "Softmax", "config_from_dict", "mechanisms"]

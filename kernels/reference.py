@@ -1,0 +1,119 @@
+"""The specification: every op in plain PyTorch, same signature as the public one, in fp32 or wider.
+
+Tests measure against these functions in float64. They favour clearness; `window_attention` here builds the whole
+score matrix and is no path for real sizes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_grid, check_qkv, check_radius, repeat_heads
+from .rotary import RopeTables, rotate
+
+FEATURE_MAPS = {
+    "elu1": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "softmax": lambda x: x.softmax(dim=-1),
+    "identity": lambda x: x,
+}
+NORMALIZE = ("divide", "none")
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def named_feature_map(name: str):
+    """The feature map called `name`; ValueError listing them all when there is none."""
+    if name not in FEATURE_MAPS:
+        raise ValueError(f"Unknown feature_map={name!r}. Available: {', '.join(FEATURE_MAPS)}.")
+    return FEATURE_MAPS[name]
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str = "elu1",
+    normalize: str = "divide",
+    eps: float = 1e-6,
+    rope: RopeTables | None = None,
+) -> Tensor:
+    """See `linfusion.kernels.linear_attention`."""
+    check_qkv(q, k, v)
+    phi = named_feature_map(feature_map)
+    if normalize not in NORMALIZE:
+        raise ValueError(f"Unknown normalize={normalize!r}. Available: {', '.join(NORMALIZE)}.")
+    dtype, heads, n = q.dtype, q.shape[2], k.shape[1]
+    q, k, v = _wide(q, repeat_heads(k, heads), repeat_heads(v, heads))
+    q, k = phi(q), phi(k)
+    rq, rk = (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
+    state = torch.einsum("bshd,bshe->bhde", rk, v) / n
+    out = torch.einsum("bshd,bhde->bshe", rq, state)
+    if normalize == "divide":
+        out = out / (torch.einsum("bshd,bhd->bsh", q, k.mean(dim=1)) + eps).unsqueeze(-1)
+    return out.to(dtype)
+
+
+def window_mask(grid: tuple[int, ...], radius: tuple[float, ...], device=None) -> Tensor:
+    """`[N, N]` bool: which grid tokens see which. Strict: sum over axes of (distance / radius)^2 < 1.
+
+    Multiplied out, so that whole-number radii compare whole numbers: `dy^2 + dx^2 < r^2` for one radius.
+    """
+    axes = [torch.arange(n, device=device, dtype=torch.float64) for n in grid]
+    position = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+    weights, bound = window_weights(radius)
+    distance = (position[:, None] - position[None]) ** 2
+    return distance @ torch.tensor(weights, dtype=torch.float64, device=device) < bound
+
+
+def window_weights(radius: tuple[float, ...]) -> tuple[list[float], float]:
+    """Weights w and bound b such that the window is `sum_i w_i d_i^2 < b`, exact for whole-number radii."""
+    if len(set(radius)) == 1:
+        return [1.0] * len(radius), float(radius[0]) ** 2
+    product = 1.0
+    for r in radius:
+        product *= float(r) ** 2
+    return [product / float(r) ** 2 for r in radius], product
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid,
+    radius,
+    text: int = 0,
+    text_first: bool = True,
+    text_mask: Tensor | None = None,
+    scale: float | None = None,
+    pooled_k: Tensor | None = None,
+    pooled_v: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `linfusion.kernels.window_attention`."""
+    check_qkv(q, k, v)
+    batch, tokens, heads, _ = q.shape
+    grid = check_grid(grid, tokens, text, text_mask, batch)
+    radius = check_radius(radius, len(grid))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = q.dtype
+    if pooled_k is not None:
+        k, v = torch.cat((k, pooled_k), dim=1), torch.cat((v, pooled_v), dim=1)
+    image = slice(text, tokens) if text_first else slice(0, tokens - text)
+    words = slice(0, text) if text_first else slice(tokens - text, tokens)
+    allowed = torch.zeros(batch, tokens, k.shape[1], dtype=torch.bool, device=q.device)
+    allowed[:, words, :tokens] = True  # text sees all but the pooled copies of what it sees anyway
+    allowed[:, image, image] = window_mask(grid, radius, q.device)
+    allowed[:, image, words] = True
+    allowed[:, image, tokens:] = True
+    if text_mask is not None:
+        allowed[:, :, words] &= text_mask[:, None]
+    q, k, v = _wide(q, repeat_heads(k, heads), repeat_heads(v, heads))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), v).to(dtype)
+    return (out, scores.logsumexp(dim=-1).transpose(1, 2)) if return_lse else out

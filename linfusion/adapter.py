@@ -1,0 +1,125 @@
+"""Adapters on disk: a folder with `config.json` and `model.safetensors`, never pickle.
+
+Tensors are named `mechanism.<layer>.<parameter>` for the mechanism's own and `host.<parameter>` for projections of the
+host that were trained with it; loading keeps the host's originals, and `restore` puts them back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .families.base import class_names
+from .mechanisms import Mechanism, MechanismConfig, config_from_dict
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A saved mechanism: which layers, which settings, which tensors."""
+
+    source: str
+    model: str
+    layers: dict[str, MechanismConfig]
+    tensors: dict[str, Tensor]
+
+    @property
+    def host(self) -> dict[str, Tensor]:
+        """The host parameters by their names in the model."""
+        return {k.removeprefix("host."): t for k, t in self.tensors.items() if k.startswith("host.")}
+
+    def of_layer(self, layer: str) -> dict[str, Tensor]:
+        """The state dict of one layer's mechanism."""
+        prefix = f"mechanism.{layer}."
+        return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
+
+    def check(self, model: nn.Module, mechanisms: Mapping[str, Mechanism]) -> None:
+        """ValueError unless every tensor has its place in `model` and every place its tensor."""
+        if self.model not in class_names(model):
+            raise ValueError(f"{self.source} was saved for a {self.model}, not for a {type(model).__name__}.")
+        expected = {
+            f"mechanism.{layer}.{name}": tuple(p.shape)
+            for layer, mechanism in mechanisms.items()
+            for name, p in mechanism.state_dict().items()
+        }
+        for name in self.host:
+            parameter = host_parameter(model, name)
+            if parameter is None:
+                raise ValueError(f"{self.source}: the {type(model).__name__} has no parameter {name!r}.")
+            expected[f"host.{name}"] = tuple(parameter.shape)
+        missing, extra = sorted(set(expected) - set(self.tensors)), sorted(set(self.tensors) - set(expected))
+        if missing or extra:
+            raise ValueError(
+                f"{self.source} does not fit these layers: {len(missing)} tensors missing{_first(missing)}, "
+                f"{len(extra)} left over{_first(extra)}."
+            )
+        for key, shape in expected.items():
+            if tuple(self.tensors[key].shape) != shape:
+                raise ValueError(f"{self.source}: {key} is {tuple(self.tensors[key].shape)}, the model has {shape}.")
+
+
+def _first(keys: list[str]) -> str:
+    return f" (first: {keys[0]})" if keys else ""
+
+
+def read_adapter(source: str | Path) -> Adapter:
+    """The adapter in a folder or on the Hub; ValueError with one clear line when there is none."""
+    folder = _folder(source)
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{source} is not an adapter folder: it lacks {CONFIG} or {WEIGHTS}.")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        model, layers = config["model"], {k: config_from_dict(v) for k, v in config["layers"].items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is not an adapter's config: {type(error).__name__} {error}.") from None
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or incomplete: {error}.") from None
+    return Adapter(str(source), model, layers, tensors)
+
+
+def _folder(source: str | Path) -> Path:
+    if Path(source).exists():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # the Hub client raises many kinds, all meaning: not to be had
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{source} is no folder here, and the Hub does not give it: {reason}") from None
+
+
+def host_parameter(model: nn.Module, name: str) -> Tensor | None:
+    """A host's parameter by the name that it has without PEFT, which moves it into `base_layer`."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    module = getattr(module, "base_layer", module)
+    return module._parameters.get(leaf)
+
+
+@torch.no_grad()
+def swap_host(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write host parameters; returns what stood there."""
+    places = {name: host_parameter(model, name) for name in values}
+    for name, parameter in places.items():
+        if parameter is None:
+            raise ValueError(f"The {type(model).__name__} has no parameter {name!r} any more.")
+        if parameter.device.type == "meta":
+            raise NotImplementedError(f"{name} is offloaded layer by layer; load weights before enabling that.")
+    before = {name: parameter.detach().clone() for name, parameter in places.items()}
+    for name, value in values.items():
+        places[name].copy_(value)
+    return before

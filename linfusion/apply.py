@@ -1,0 +1,332 @@
+"""Change the attention of a pipeline, and change it back: plan, check, then install; undo on any failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, read_adapter, swap_host
+from .call import Layout
+from .families import Family, family_of
+from .families.base import Processor, backend_name, is_default_backend
+from .mechanisms import Mechanism, MechanismConfig
+
+Choice = MechanismConfig | Mapping[str, MechanismConfig]
+Layers = Callable[[str], bool] | str | Sequence[str] | None
+Host = TypeVar("Host")
+
+COMPONENTS = ("unet", "transformer", "transformer_2")
+RECORD = "_linfusion"
+HOST = "_linfusion_host"
+
+
+@dataclass
+class Entry:
+    """One replaced layer: what stands there now and what stood there before."""
+
+    mechanism: Mechanism
+    processor: Processor
+    original: Any
+
+
+@dataclass
+class Record:
+    """All that `restore` needs; kept on the model, by name, so that copies and pickles of the model keep it too."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    hosts: dict[str, HostState] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)  # host parameters that loaded weights replaced
+
+
+@dataclass
+class HostState:
+    """What the hook on a host module needs, kept on that module."""
+
+    layout: Layout
+    read: Callable[..., Layout]
+    needs: frozenset[str]
+
+
+def apply(
+    pipe_or_model: Host, mechanism: Choice, *, layers: Layers = None, weights: str | Path | None = None
+) -> Host:
+    """Replace the self-attention of a diffusers pipeline or model; `restore` takes it back.
+
+    Args:
+        pipe_or_model: a pipeline with a `unet` or `transformer`, or such a model itself.
+        mechanism: a config such as `CLEAR(radius=16)`, or a dict of layer-name patterns to configs, the first
+            matching pattern wins and layers without one stay as they are. Applying again replaces.
+        layers: which layers, as a pattern, several, or a predicate on the name; default all self-attention.
+        weights: an adapter folder or Hub id written by `save`.
+
+    Returns:
+        `pipe_or_model`, changed in place.
+
+    Raises:
+        ValueError: the model, a layer or the weights do not fit; nothing was changed.
+        NotImplementedError: the host is in a state that cannot be honoured; nothing was changed.
+    """
+    adapter = None if weights is None else read_adapter(weights)
+    return apply_adapter(pipe_or_model, mechanism, layers, adapter)
+
+
+def apply_adapter(pipe_or_model: Host, mechanism: Choice, layers: Layers, adapter: Adapter | None) -> Host:
+    """`apply` with weights that are already in memory."""
+    models = denoisers(pipe_or_model)
+    if adapter is not None and len(models) > 1:
+        raise ValueError("Weights belong to one model; apply them to it: linfusion.apply(pipe.transformer, ...).")
+    plans = [(model, _plan(model, mechanism, layers)) for model in models]
+    for model, record in plans:
+        if adapter is not None:
+            adapter.check(model, {name: e.mechanism for name, e in record.entries.items()})
+    with _without_sequential_offload(pipe_or_model, [r for _, r in plans]):
+        for model, record in plans:
+            _replace(model, record, adapter)
+    return pipe_or_model
+
+
+def restore(pipe_or_model: Host) -> Host:
+    """Undo `apply`, `load` or `attn_processors`: the very same processors, parameters and outputs as before.
+
+    Returns:
+        `pipe_or_model`; one that was never changed is left alone.
+    """
+    for model in denoisers(pipe_or_model):
+        _detach(model)
+    return pipe_or_model
+
+
+@contextmanager
+def applied(
+    pipe_or_model: Host, mechanism: Choice, *, layers: Layers = None, weights: str | Path | None = None
+) -> Iterator[Host]:
+    """`apply` for the length of a with block. Leaving it restores the host's own attention."""
+    try:
+        yield apply(pipe_or_model, mechanism, layers=layers, weights=weights)
+    finally:
+        restore(pipe_or_model)
+
+
+def attn_processors(model: nn.Module, mechanism: Choice, *, layers: Layers = None) -> dict[str, Any]:
+    """Processors for diffusers' own call: `unet.set_attn_processor(attn_processors(unet, LinFusion()))`.
+
+    The mechanisms' modules and hooks are attached here, since processors hold no parameters; `restore(model)` removes
+    them, also after the host's own processors have been set again.
+
+    Returns:
+        A processor for every attention layer, keyed as `model.attn_processors` is.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_processor"):
+        raise ValueError(f"{type(model).__name__} has no set_attn_processor; use linfusion.apply.")
+    record = _plan(model, mechanism, layers)
+    _replace(model, record, None, set_processors=False)
+    processors = dict(model.attn_processors)
+    return processors | {f"{name}.processor": entry.processor for name, entry in record.entries.items()}
+
+
+def denoisers(pipe_or_model: Any) -> list[nn.Module]:
+    """The models whose attention counts: the pipeline's unet or transformers, or the model itself."""
+    if isinstance(pipe_or_model, nn.Module):
+        return [getattr(pipe_or_model, "_orig_mod", pipe_or_model)]
+    found = [getattr(pipe_or_model, name, None) for name in COMPONENTS]
+    models = [getattr(m, "_orig_mod", m) for m in found if isinstance(m, nn.Module)]
+    if not models:
+        raise ValueError(
+            f"{type(pipe_or_model).__name__} has no {', '.join(COMPONENTS[:-1])}: pass a diffusers pipeline or model."
+        )
+    return models
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """What was applied to a model, or None."""
+    return model.__dict__.get(RECORD)
+
+
+def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
+    """Build every mechanism and check all that can be known; touches nothing."""
+    family = family_of(model)
+    parallel = getattr(model, "_parallel_config", None)
+    if getattr(parallel, "context_parallel_config", None) is not None:
+        raise NotImplementedError(
+            "Context parallelism is on: each rank would attend to its own tokens only. Apply without it."
+        )
+    targets = list(family.layers(model))
+    chosen = _choose([name for name, _ in targets], mechanism, layers)
+    hosts = dict(family.hosts(model))
+    previous = record_of(model)
+    record = Record()
+    for name, attn in targets:
+        if name not in chosen:
+            continue
+        original = attn.processor
+        if previous is not None and name in previous.entries:
+            original = previous.entries[name].original
+        record.entries[name] = _entry(family, name, attn, chosen[name], original)
+        host = _host_of(name, hosts)
+        needs = record.entries[name].mechanism.needs
+        state = record.hosts.setdefault(host, HostState(Layout(), family.layout, frozenset()))
+        state.needs |= needs
+        record.entries[name].mechanism.layout = state.layout
+    return record
+
+
+def _entry(family: Family, name: str, attn: nn.Module, config: MechanismConfig, original: Any) -> Entry:
+    if type(original).__name__ not in family.stock:
+        raise NotImplementedError(
+            f"{name} has a {type(original).__name__}, which {type(config).__name__} cannot stand in for (fused "
+            "projections, PAG, IP-Adapter or another plugin). Set the model's default processors first."
+        )
+    mechanism = config.build(family.site(name, attn))
+    backend = getattr(original, "_attention_backend", None)
+    if not mechanism.honours_backend and not is_default_backend(backend):
+        raise ValueError(
+            f"{type(config).__name__} computes attention itself, so the attention backend {backend_name(backend)!r} "
+            "would have no effect. Call model.reset_attention_backend() first."
+        )
+    processor = family.processor()
+    if backend is not None:
+        processor._attention_backend = backend
+    device, dtype = _placement(attn)
+    if device.type != "meta":
+        mechanism.to(device)
+    return Entry(mechanism.to(dtype).train(attn.training), processor, original)
+
+
+def _placement(attn: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the layer computes; quantised and 8-bit weights say nothing about the dtype, norms and biases do."""
+    parameters = list(attn.parameters())
+    for p in parameters:
+        if p.is_floating_point() and p.dtype.itemsize >= 2:
+            return p.device, p.dtype
+    return (parameters[0].device if parameters else torch.device("cpu")), torch.float32
+
+
+def _choose(names: list[str], mechanism: Choice, layers: Layers) -> dict[str, MechanismConfig]:
+    """Which layer gets which config; ValueError for a pattern that matches nothing."""
+    rules = mechanism if isinstance(mechanism, Mapping) else {"*": mechanism}
+    for config in rules.values():
+        if not isinstance(config, MechanismConfig):
+            raise ValueError(f"mechanism must be a config such as linfusion.CLEAR(radius=16), got {config!r}.")
+    if layers is None or callable(layers):
+        wanted = [n for n in names if layers is None or layers(n)]
+    else:
+        patterns = [layers] if isinstance(layers, str) else list(layers)
+        for pattern in patterns:
+            if not any(fnmatchcase(n, pattern) for n in names):
+                raise ValueError(f"layers={pattern!r} matches none of the {len(names)} layers ({_examples(names)}).")
+        wanted = [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
+    chosen: dict[str, MechanismConfig] = {}
+    for pattern, config in rules.items():
+        matches = [n for n in names if fnmatchcase(n, pattern)]
+        if not matches:
+            raise ValueError(f"Pattern {pattern!r} matches none of the {len(names)} layers ({_examples(names)}).")
+        for name in matches:
+            if name in wanted:
+                chosen.setdefault(name, config)
+    if not chosen:
+        raise ValueError(f"No layer was chosen out of {len(names)} ({_examples(names)}).")
+    return chosen
+
+
+def _examples(names: list[str]) -> str:
+    return ", ".join(names[:2] + (["..."] if len(names) > 2 else [])) or "the model has none"
+
+
+def _host_of(name: str, hosts: dict[str, nn.Module]) -> str:
+    """The nearest module above a layer that tells its layout."""
+    above = [h for h in hosts if h == "" or name.startswith(h + ".")]
+    if not above:
+        raise NotImplementedError(f"{name} does not stand below a module that linfusion knows to tell its grid.")
+    return max(above, key=len)
+
+
+def _replace(model: nn.Module, record: Record, adapter: Adapter | None, set_processors: bool = True) -> None:
+    """Install a checked plan in place of what was applied before; on failure that stands again."""
+    previous = _detach(model)
+    try:
+        _attach(model, record, set_processors)
+        if adapter is not None:
+            for name, entry in record.entries.items():
+                entry.mechanism.load_state_dict(adapter.of_layer(name))
+            record.originals = swap_host(model, adapter.host)
+    except BaseException:
+        _detach(model)
+        if previous is not None:
+            _attach(model, previous)
+            previous.originals = swap_host(model, previous.originals)
+        raise
+
+
+def _attach(model: nn.Module, record: Record, set_processors: bool = True) -> None:
+    setattr(model, RECORD, record)
+    for name, entry in record.entries.items():
+        attn = model.get_submodule(name)
+        attn.linfusion = entry.mechanism
+        if set_processors:
+            attn.set_processor(entry.processor)
+    for name, state in record.hosts.items():
+        host = model.get_submodule(name)
+        setattr(host, HOST, state)
+        host.register_forward_pre_hook(_read_layout, with_kwargs=True)
+
+
+def _detach(model: nn.Module) -> Record | None:
+    """Take off what was applied, as far as it got; host parameters that weights replaced come back.
+
+    The returned record holds the replaced values in their place, so that it can be attached again.
+    """
+    record = record_of(model)
+    if record is None:
+        return None
+    for name, entry in record.entries.items():
+        attn = model.get_submodule(name)
+        if "linfusion" in attn._modules:
+            del attn.linfusion
+        if attn.processor is not entry.original:
+            attn.set_processor(entry.original)
+    for name in record.hosts:
+        host = model.get_submodule(name)
+        # found by function, not by handle: handles do not survive copies and pickles of the model
+        for key in [k for k, fn in host._forward_pre_hooks.items() if fn is _read_layout]:
+            del host._forward_pre_hooks[key]
+            host._forward_pre_hooks_with_kwargs.pop(key, None)
+        host.__dict__.pop(HOST, None)
+    record.originals = swap_host(model, record.originals)
+    delattr(model, RECORD)
+    return record
+
+
+def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Runs before a host's forward. A module-level function with its state on the module, so that copies are safe."""
+    state: HostState = getattr(host, HOST)
+    layout = state.read(host, args, kwargs, state.needs)
+    shared = state.layout
+    shared.grid, shared.text = layout.grid, layout.text
+    shared.text_first, shared.text_mask = layout.text_first, layout.text_mask
+
+
+@contextmanager
+def _without_sequential_offload(pipe_or_model: Any, records: list[Record]) -> Iterator[None]:
+    """accelerate's per-layer offload hooks only the modules it finds: lift it while parameters are added."""
+    parameters = any(True for r in records for e in r.entries.values() for _ in e.mechanism.parameters())
+    offloaded = any(p.device.type == "meta" for m in denoisers(pipe_or_model) for p in m.parameters())
+    if not (parameters and offloaded):
+        yield
+        return
+    if not hasattr(pipe_or_model, "enable_sequential_cpu_offload"):
+        raise ValueError(
+            "The model is offloaded layer by layer, so a mechanism with parameters must go in before that: "
+            "apply it to the pipeline, or apply it first."
+        )
+    pipe_or_model.remove_all_hooks()
+    try:
+        yield
+    finally:
+        pipe_or_model.enable_sequential_cpu_offload(device=getattr(pipe_or_model, "_offload_device", None))

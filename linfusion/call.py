@@ -1,0 +1,156 @@
+"""The types that pass between families (how a host makes q, k, v) and mechanisms (what is done with them)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import RopeTables
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer, as a mechanism needs to know it to make its parameters.
+
+    Attributes:
+        name: dotted name inside the model.
+        width: channels of the hidden states.
+        heads, head_dim: of the queries.
+        axes: of the token grid, 2 for pictures, 3 for video.
+        joint: whether text tokens stand in the same sequence.
+    """
+
+    name: str
+    width: int
+    heads: int
+    head_dim: int
+    axes: int = 2
+    joint: bool = False
+
+
+@dataclass
+class Layout:
+    """What the latest forward of the host said about its sequence; shared by all layers below one hook.
+
+    `grid` is a tuple of ints, or an int64 CPU tensor inside a whole-model `torch.compile` of a host that carries its
+    grid in a tensor, or None while unknown.
+    """
+
+    grid: tuple[int, ...] | Tensor | None = None
+    text: int = 0
+    text_first: bool = True
+    text_mask: Tensor | None = None
+
+
+class Norms(NamedTuple):
+    """The host's norms of queries and keys, not yet applied; joint models may have separate ones for text."""
+
+    q: Callable[[Tensor], Tensor]
+    k: Callable[[Tensor], Tensor]
+    text_q: Callable[[Tensor], Tensor] | None = None
+    text_k: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The host's rotation: calling it is the host's own function, `tables` is the same for kernels.
+
+    Attributes:
+        apply: rotates `[B, S, H, D]`, S the whole sequence when `covers_text`, else the image part.
+        tables: the angles, for as many tokens.
+        covers_text: whether text tokens are rotated too.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    tables: RopeTables
+    covers_text: bool = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.apply(x)
+
+
+@dataclass
+class AttnCall:
+    """One self-attention call, free of any model family.
+
+    Attributes:
+        q, k, v: `[B, S, H, D]` as projected; joint models: text and image in the host's order.
+        grid: tokens of the image part, `(h, w)` or `(frames, h, w)`; None where the family cannot tell.
+        text: tokens outside the grid; `text_first` says where they stand.
+        text_mask: `[B, text]` bool, which of them are real; None for all.
+        norms, rope: the host's, not yet applied.
+        scale: the host's softmax scale, None for `D ** -0.5`.
+        exact: the host's own attention, `exact(q, k, v, mask=None)` on `[B, S, H, D]`.
+        mask: whatever mask the host brought for the whole sequence; only `Softmax` can honour it.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grid: tuple[int, ...] | Tensor | None = None
+    text: int = 0
+    text_first: bool = True
+    text_mask: Tensor | None = None
+    norms: Norms | None = None
+    rope: Rope | None = None
+    scale: float | None = None
+    exact: Callable[..., Tensor] | None = None
+    mask: Tensor | None = None
+    _normalised: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _rotated: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def normalised(self) -> tuple[Tensor, Tensor]:
+        """q and k after the host's norms; computed once."""
+        if self._normalised is None:
+            self._normalised = self._norm()
+        return self._normalised
+
+    def rotated(self) -> tuple[Tensor, Tensor]:
+        """q and k after the host's norms and rotation; computed once."""
+        if self._rotated is None:
+            q, k = self.normalised()
+            self._rotated = (self._rotate(q), self._rotate(k))
+        return self._rotated
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Text part and image part of `x` `[B, S, ...]`, as views."""
+        if self.text_first:
+            return x[:, : self.text], x[:, self.text :]
+        image = x.shape[1] - self.text
+        return x[:, image:], x[:, :image]
+
+    def join(self, text: Tensor, image: Tensor) -> Tensor:
+        """The host's order again; the inverse of `split`."""
+        if text.shape[1] == 0:
+            return image
+        return torch.cat((text, image) if self.text_first else (image, text), dim=1)
+
+    def image_tables(self) -> RopeTables | None:
+        """The rotation of the image part as tables; None where the host does not rotate."""
+        if self.rope is None:
+            return None
+        tables, tokens = self.rope.tables, self.q.shape[1]
+        if not self.rope.covers_text:
+            return tables
+        return tables.slice(self.text, tokens) if self.text_first else tables.slice(0, tokens - self.text)
+
+    def _norm(self) -> tuple[Tensor, Tensor]:
+        norms = self.norms
+        if norms is None:
+            return self.q, self.k
+        if norms.text_q is None or norms.text_k is None:
+            return norms.q(self.q), norms.k(self.k)
+        (tq, iq), (tk, ik) = self.split(self.q), self.split(self.k)
+        return self.join(norms.text_q(tq), norms.q(iq)), self.join(norms.text_k(tk), norms.k(ik))
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        if self.rope is None:
+            return x
+        if self.rope.covers_text or self.text == 0:
+            return self.rope(x)
+        text, image = self.split(x)
+        return self.join(text, self.rope(image))

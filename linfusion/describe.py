@@ -1,0 +1,128 @@
+"""What was replaced, with which grid, and what was not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .apply import denoisers, record_of
+from .families import family_of
+from .families.base import Family, class_names
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention layer. `grid` is that of the latest forward, None before the first."""
+
+    layer: str
+    mechanism: str | None
+    grid: tuple[int, ...] | None
+    text: int | None
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """`describe`'s answer: prints as a table, `to_dict` for programs."""
+
+    model: str
+    layers: tuple[LayerReport, ...]
+    attention_work_left: float | None
+
+    @property
+    def replaced(self) -> int:
+        """How many layers run a mechanism other than the host's own."""
+        return sum(r.mechanism is not None for r in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self) | {"replaced": self.replaced}
+
+    def __rich__(self) -> Table:
+        left = self.attention_work_left
+        work = "" if left is None else f", {left:.1%} of the self-attention work left"
+        table = Table(title=f"{self.model}: {self.replaced} of {len(self.layers)} attention layers replaced{work}")
+        for column in ("layer", "mechanism", "grid", "text", "parameters", "note"):
+            table.add_column(column, overflow="fold")
+        for r in self.layers:
+            grid = " x ".join(map(str, r.grid)) if r.grid else "-"
+            text = "-" if r.text is None else str(r.text)
+            table.add_row(r.layer, r.mechanism or "-", grid, text, str(r.parameters), r.reason)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def describe(pipe_or_model: Any) -> Description:
+    """Which attention layers were replaced, with which grid, and which were not and why.
+
+    Works before and after `apply`; grids are known after the first forward. `attention_work_left` is the share of
+    the exact self-attention's query-key pairs (or their cost in a linear mechanism) that is still computed, over all
+    self-attention layers, at the sizes of the latest forward.
+
+    Raises:
+        ValueError: an unsupported model.
+    """
+    reports: list[LayerReport] = []
+    done = total = 0.0
+    models = denoisers(pipe_or_model)
+    for model in models:
+        family = family_of(model)
+        record = record_of(model)
+        targets = dict(family.layers(model))
+        prefix = "" if len(models) == 1 else f"{type(model).__name__}."
+        for name, attn in attention_layers(model):
+            entry = None if record is None else record.entries.get(name)
+            if entry is None or attn.processor is not entry.processor:
+                reports.append(
+                    LayerReport(prefix + name, None, None, None, 0, _reason(family, name, attn, targets, entry))
+                )
+                continue
+            layout = entry.mechanism.layout
+            grid = None if layout.grid is None else tuple(int(n) for n in layout.grid)
+            parameters = sum(p.numel() for p in entry.mechanism.parameters())
+            text = layout.text if family.joint and grid else None
+            reports.append(LayerReport(prefix + name, repr(entry.mechanism.config), grid, text, parameters, "replaced"))
+            if grid:
+                done += entry.mechanism.pairs(grid, layout.text)
+                total += float(_tokens(grid) + layout.text) ** 2
+    name = " + ".join(dict.fromkeys(type(m).__name__ for m in models))
+    return Description(name, tuple(reports), done / total if total else None)
+
+
+def attention_layers(model: nn.Module):
+    """Every attention layer of a host, replaced or not, as `(name, module)`."""
+    for name, module in model.named_modules():
+        if hasattr(module, "processor") and hasattr(module, "set_processor"):
+            yield name, module
+
+
+def _tokens(grid: Sequence[int]) -> int:
+    count = 1
+    for n in grid:
+        count *= n
+    return count
+
+
+def _reason(family: Family, name: str, attn: nn.Module, targets: dict[str, nn.Module], entry: Any) -> str:
+    processor = type(attn.processor).__name__
+    if entry is not None:
+        return f"a {processor} was set over it; linfusion.apply again, or linfusion.restore"
+    if name in targets:
+        return "not chosen" if processor in family.stock else f"has a {processor}"
+    if getattr(attn, "is_cross_attention", False):
+        return "cross-attention"
+    parts = name.split(".")
+    if any("temporal" in p or "motion" in p for p in parts):
+        return "temporal attention"
+    return f"not a self-attention layer of the {family.model} family ({class_names(attn)[0]})"

@@ -1,0 +1,111 @@
+"""What depends on the host: one processor per kind of attention layer, and a `Family` record per model class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..call import Layout, Site
+from ..mechanisms import Mechanism
+
+
+class Processor:
+    """Turns a host layer's arguments into an `AttnCall`, runs `attn.linfusion` on it, and hands the result back.
+
+    Stateless and made without arguments: diffusers re-creates processors by class when IP-Adapters are loaded. Each
+    subclass spells out its tensor arguments, since hosts drop whatever the signature of `__call__` does not name.
+    """
+
+    # diffusers writes these two where a processor has them
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def mechanism(self, attn: nn.Module, mask: Tensor | None) -> Mechanism:
+        """The layer's mechanism, after the checks that can only be made when it is called."""
+        mechanism: Mechanism | None = getattr(attn, "linfusion", None)
+        if mechanism is None:
+            raise RuntimeError(
+                "This layer has a linfusion processor but no mechanism. Use linfusion.apply, or pass "
+                "set_attn_processor a fresh linfusion.attn_processors(model, mechanism)."
+            )
+        name = type(mechanism.config).__name__
+        if mask is not None and not mechanism.honours_mask:
+            raise ValueError(f"{mechanism.site.name}: {name} cannot honour an attention mask {tuple(mask.shape)}.")
+        if not mechanism.honours_backend and not is_default_backend(self._attention_backend):
+            raise ValueError(
+                f"{name} computes attention itself, so the attention backend {backend_name(self._attention_backend)!r} "
+                "has no effect. Call model.reset_attention_backend(), or use Softmax() to keep the backend."
+            )
+        if self._parallel_config is not None:
+            raise NotImplementedError(f"{name} under context parallelism would see only this rank's tokens.")
+        if "grid" in mechanism.needs and mechanism.layout.grid is None:
+            raise ValueError(
+                f"{mechanism.site.name}: {name} needs the token grid, which is read when the whole model is called; "
+                "this layer was called on its own."
+            )
+        return mechanism
+
+
+def backend_name(backend: Any) -> str:
+    """A diffusers backend (enum member, string or None) as its plain name."""
+    return "native" if backend is None else str(getattr(backend, "value", backend))
+
+
+def is_default_backend(backend: Any) -> bool:
+    """Whether the host is left to choose (PyTorch's scaled_dot_product_attention)."""
+    return backend_name(backend) == "native"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything about a model class that a mechanism must not know.
+
+    Attributes:
+        model: class name; matched by name along the MRO, so that no host module is imported for it.
+        processor: made without arguments, one per replaced layer.
+        layers: the layers that count, as `(name, attention module)`: self-attention and joint attention only.
+        hosts: the modules whose forward tells the layout, as `(name, module)`.
+        layout: `(host, args, kwargs, needs) -> Layout`, called before each of their forwards.
+        site: `(name, attention module) -> Site`.
+        stock: class names of the processors whose maths `processor` reproduces; others are refused.
+        axes: of the token grid.
+        joint: whether text stands in the same sequence.
+    """
+
+    model: str
+    processor: type[Processor]
+    layers: Callable[[nn.Module], Iterator[tuple[str, nn.Module]]]
+    hosts: Callable[[nn.Module], Iterator[tuple[str, nn.Module]]]
+    layout: Callable[..., Layout]
+    site: Callable[[str, nn.Module], Site]
+    stock: frozenset[str]
+    axes: int = 2
+    joint: bool = False
+
+
+def class_names(module: nn.Module) -> list[str]:
+    """Names along the MRO, nearest first."""
+    return [c.__name__ for c in type(module).__mro__]
+
+
+def argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
+    """An argument of a host's forward, however it was passed; None where it was not."""
+    if name in kwargs:
+        return kwargs[name]
+    return args[position] if position < len(args) else None
+
+
+def to_heads(x: Tensor, head_dim: int) -> Tensor:
+    """`[B, S, H * D]` to `[B, S, H, D]`; the head count is left open, since tensor parallelism shards it."""
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's attention on `[B, S, H, D]`, as diffusers' plain processors call it."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False)
+    return out.transpose(1, 2)

@@ -1,0 +1,101 @@
+"""Plain self-attention over picture tokens: UNets (SD 1.5, 2.1, XL) and PixArt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ..call import AttnCall, Layout, Norms, Site
+from .base import Family, Processor, argument, class_names, sdpa, to_heads
+
+STOCK = frozenset({"AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"})
+
+
+class SpatialProcessor(Processor):
+    """Self-attention of `BasicTransformerBlock`: hidden states `[B, N, C]`, no rotation, no text."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        mechanism = self.mechanism(attn, attention_mask)
+        if encoder_hidden_states is not None:
+            raise ValueError(f"{mechanism.site.name} was called as cross-attention, which linfusion does not replace.")
+        mask = attention_mask
+        if mask is not None:
+            batch, tokens, _ = hidden_states.shape
+            mask = attn.prepare_attention_mask(mask, tokens, batch)
+            mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
+        head_dim = attn.inner_dim // attn.heads
+        x_q, x_k = mechanism.features(hidden_states)
+        q = to_heads(attn.to_q(x_q), head_dim)
+        k = to_heads(attn.to_k(x_k), head_dim)
+        v = to_heads(attn.to_v(hidden_states), head_dim)
+        norms = None
+        if attn.norm_q is not None or attn.norm_k is not None:
+            norms = Norms(attn.norm_q or nn.Identity(), attn.norm_k or nn.Identity())
+        call = AttnCall(q, k, v, grid=mechanism.layout.grid, norms=norms, exact=sdpa, mask=mask)
+        out = mechanism(call).flatten(2).to(q.dtype)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def self_attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """attn1, and attn2 where it is self-attention too; temporal and motion modules are another axis."""
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if parts[-1] not in ("attn1", "attn2") or "Attention" not in class_names(module):
+            continue
+        if module.is_cross_attention or any("temporal" in p or "motion" in p for p in parts):
+            continue
+        yield name, module
+
+
+def transformers_2d(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The UNet's 2-D transformers: each one's input is the exact grid of its blocks, odd sizes included."""
+    for name, module in model.named_modules():
+        if "Transformer2DModel" in class_names(module):
+            yield name, module
+
+
+def unet_layout(host: nn.Module, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
+    return Layout(grid=tuple(argument(args, kwargs, 0, "hidden_states").shape[-2:]))
+
+
+def patch_layout(host: nn.Module, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
+    height, width = argument(args, kwargs, 0, "hidden_states").shape[-2:]
+    patch = host.config.patch_size
+    return Layout(grid=(height // patch, width // patch))
+
+
+def spatial_site(name: str, attn: nn.Module) -> Site:
+    if attn.group_norm is not None or attn.spatial_norm is not None or attn.residual_connection:
+        raise NotImplementedError(f"{name}: attention with its own norm or residual is not supported.")
+    if attn.rescale_output_factor != 1.0:
+        raise NotImplementedError(f"{name}: rescale_output_factor={attn.rescale_output_factor} is not supported.")
+    return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.inner_dim // attn.heads)
+
+
+UNET = Family(
+    model="UNet2DConditionModel",
+    processor=SpatialProcessor,
+    layers=self_attention,
+    hosts=transformers_2d,
+    layout=unet_layout,
+    site=spatial_site,
+    stock=STOCK,
+)
+
+PIXART = Family(
+    model="PixArtTransformer2DModel",
+    processor=SpatialProcessor,
+    layers=self_attention,
+    hosts=lambda model: iter([("", model)]),
+    layout=patch_layout,
+    site=spatial_site,
+    stock=STOCK,
+)

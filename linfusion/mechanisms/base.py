@@ -1,0 +1,68 @@
+"""What every mechanism is: a frozen config, and a module that turns an `AttnCall` into `[B, S, H, D]`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..call import AttnCall, Layout, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class MechanismConfig:
+    """Settings of a mechanism: the public API, the `config.json` and the repr at once.
+
+    `name` is the mechanism's name on the command line and on disk.
+    """
+
+    name: ClassVar[str]
+
+    def build(self, site: Site) -> Mechanism:
+        """The module for one layer, with its parameters freshly initialised.
+
+        Raises:
+            ValueError, NotImplementedError: the layer cannot take this mechanism, with the reason.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready settings, with the name."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+
+class Mechanism(nn.Module):
+    """A layer's attention. Lives at `attention_layer.linfusion`, so that the host's own hooks reach its parameters.
+
+    Attributes:
+        needs: what the family must supply: any of "grid".
+        honours_mask: whether a mask of the whole sequence can be used.
+        honours_backend: whether the host's attention backend does the work.
+        changes_input: whether `features` does anything.
+        layout: what the host's latest forward said about its sequence.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    honours_mask: ClassVar[bool] = False
+    honours_backend: ClassVar[bool] = False
+    changes_input: ClassVar[bool] = False
+    layout: Layout
+
+    def __init__(self, config: MechanismConfig, site: Site) -> None:
+        super().__init__()
+        self.config = config
+        self.site = site
+        self.layout = Layout()
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs of the host's query and key projections, from the image's hidden states `[B, N, C]`."""
+        return x, x
+
+    def forward(self, call: AttnCall) -> Tensor:
+        """Attention output `[B, S, H, D]`."""
+        raise NotImplementedError
+
+    def pairs(self, grid: tuple[int, ...], text: int) -> float:
+        """Work of one head in units of one query-key pair of softmax attention (two dot products of length D)."""
+        raise NotImplementedError

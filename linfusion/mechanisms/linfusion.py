@@ -1,0 +1,67 @@
+"""LinFusion: normalised non-causal linear attention (arXiv 2409.02097, eq. 6 and 7)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..call import AttnCall, Site
+from ..kernels import linear_attention
+from .base import Mechanism, MechanismConfig
+from .joint import mix_text
+
+
+@dataclass(frozen=True)
+class LinFusion(MechanismConfig):
+    """Linear attention with elu + 1 features, whose queries and keys see the input through a small residual MLP.
+
+    Untrained, it changes pictures a lot: it is meant to be distilled, or used with `weights=`.
+
+    Args:
+        mid_dim: width of the two MLPs, `C -> mid_dim -> C`; None is C itself (as published for SD 1.5 and 2.1;
+            SDXL's weights use C // 16).
+        eps: added to the normaliser.
+    """
+
+    name: ClassVar[str] = "linfusion"
+    mid_dim: int | None = None
+    eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.mid_dim is not None and self.mid_dim < 1:
+            raise ValueError(f"mid_dim must be a positive number of channels or None, got {self.mid_dim!r}.")
+
+    def build(self, site: Site) -> Mechanism:
+        return LinFusionAttention(self, site)
+
+
+class LinFusionAttention(Mechanism):
+    changes_input = True
+
+    def __init__(self, config: LinFusion, site: Site) -> None:
+        super().__init__(config, site)
+        mid = config.mid_dim or site.width
+        self.q_mlp = _residual_mlp(site.width, mid)
+        self.k_mlp = _residual_mlp(site.width, mid)
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.q_mlp(x), x + self.k_mlp(x)
+
+    def forward(self, call: AttnCall) -> Tensor:
+        q, k = call.normalised()
+        (_, q), (_, k), (_, v) = call.split(q), call.split(k), call.split(call.v)
+        image = linear_attention(q, k, v, feature_map="elu1", eps=self.config.eps, rope=call.image_tables())
+        return mix_text(call, image)
+
+    def pairs(self, grid: tuple[int, ...], text: int) -> float:
+        tokens = math.prod(grid)
+        return tokens * self.site.head_dim + text * (tokens + text) + tokens * text
+
+
+def _residual_mlp(width: int, mid: int) -> nn.Sequential:
+    """Starts at zero: the layer's first output is the host's projections under linear attention, nothing more."""
+    mlp = nn.Sequential(nn.Linear(width, mid), nn.LayerNorm(mid), nn.LeakyReLU(), nn.Linear(mid, width))
+    nn.init.zeros_(mlp[3].weight)
+    nn.init.zeros_(mlp[3].bias)
+    return mlp

@@ -1,0 +1,82 @@
+"""Save what was applied, and apply what was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from .adapter import CONFIG, WEIGHTS, host_parameter, read_adapter
+from .apply import apply_adapter, denoisers, record_of
+from .families.base import class_names
+from .version import __version__
+
+
+def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None = None) -> None:
+    """Write what `apply` put in, to be read by `load`.
+
+    Args:
+        pipe_or_model: with one changed model.
+        folder: made if it does not exist; its parent must.
+        host: patterns of host parameters that were trained with the mechanism; default those that came with loaded
+            weights.
+
+    Raises:
+        ValueError: nothing is applied, more than one model is changed, or a pattern matches nothing.
+    """
+    changed = [(m, r) for m in denoisers(pipe_or_model) if (r := record_of(m)) is not None]
+    if len(changed) != 1:
+        raise ValueError(f"save needs exactly one changed model, got {len(changed)}; apply first, or pass the model.")
+    model, record = changed[0]
+    if host is None:
+        names = list(record.originals)
+    else:
+        known = [n.replace(".base_layer.", ".") for n, _ in model.named_parameters() if ".linfusion." not in n]
+        for pattern in host:
+            if not any(fnmatchcase(n, pattern) for n in known):
+                raise ValueError(f"host={pattern!r} matches no parameter of the {type(model).__name__}.")
+        names = [n for n in known if any(fnmatchcase(n, p) for p in host)]
+    tensors = {f"host.{n}": host_parameter(model, n).detach().contiguous() for n in names}
+    for layer, entry in record.entries.items():
+        for name, value in entry.mechanism.state_dict().items():
+            tensors[f"mechanism.{layer}.{name}"] = value.contiguous()
+    config = {
+        "linfusion_version": __version__,
+        "model": type(model).__name__,
+        "layers": {layer: entry.mechanism.config.to_dict() for layer, entry in record.entries.items()},
+    }
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    # a temporary name first: a killed save leaves no half file under the real one
+    save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
+    (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
+    os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
+
+
+def load(pipe_or_model: Any, source: str | Path) -> Any:
+    """Apply a saved adapter: rebuilds its mechanism from `config.json`, loads its tensors.
+
+    Args:
+        pipe_or_model: of the class that it was saved for.
+        source: a folder, or a Hub id.
+
+    Returns:
+        `pipe_or_model`, changed in place.
+
+    Raises:
+        ValueError: no adapter there, a damaged file, or one for another model; nothing was changed.
+    """
+    adapter = read_adapter(source)
+    models = [m for m in denoisers(pipe_or_model) if adapter.model in class_names(m)]
+    if not models:
+        have = ", ".join(type(m).__name__ for m in denoisers(pipe_or_model))
+        raise ValueError(f"{adapter.source} was saved for a {adapter.model}, not for a {have}.")
+    target = pipe_or_model if len(denoisers(pipe_or_model)) == 1 else models[0]
+    apply_adapter(target, adapter.layers, None, adapter)
+    return pipe_or_model
