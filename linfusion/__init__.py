@@ -1,15 +1,17 @@
 """Drop-in linear and sparse attention for diffusers: change it in one line, get the old one back in another.
 
-    import linfusion as lf
+import linfusion as lf
 
-    lf.apply(pipe, lf.CLEAR(radius=16))
-    lf.restore(pipe)
+lf.apply(pipe, lf.CLEAR(radius=16))
+lf.restore(pipe)
 """
 
 import os
 
 _here = os.path.dirname(os.path.abspath(__file__))
-if not os.path.isdir(os.path.join(_here, "kernels")):  # a source checkout: kernels/, demos/, ... stand beside this folder
+if not os.path.isdir(
+    os.path.join(_here, "kernels")
+):  # a source checkout: kernels/, demos/, ... stand beside this folder
     __path__.append(os.path.dirname(_here))
 
 from .apply import applied, apply, attn_processors, restore

@@ -42,6 +42,7 @@ class Record:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     hosts: dict[str, HostState] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)  # of every layer that could have been chosen
     originals: dict[str, Tensor] = field(default_factory=dict)  # host parameters that loaded weights replaced
 
 
@@ -54,9 +55,7 @@ class HostState:
     needs: frozenset[str]
 
 
-def apply(
-    pipe_or_model: Host, mechanism: Choice, *, layers: Layers = None, weights: str | Path | None = None
-) -> Host:
+def apply(pipe_or_model: Host, mechanism: Choice, *, layers: Layers = None, weights: str | Path | None = None) -> Host:
     """Replace the self-attention of a diffusers pipeline or model; `restore` takes it back.
 
     Args:
@@ -163,17 +162,16 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
     previous = record_of(model)
     record = Record()
     for name, attn in targets:
+        state = record.hosts.setdefault(_host_of(name, hosts), HostState(Layout(), family.layout, frozenset()))
+        record.layouts[name] = state.layout
         if name not in chosen:
             continue
         original = attn.processor
         if previous is not None and name in previous.entries:
             original = previous.entries[name].original
-        record.entries[name] = _entry(family, name, attn, chosen[name], original)
-        host = _host_of(name, hosts)
-        needs = record.entries[name].mechanism.needs
-        state = record.hosts.setdefault(host, HostState(Layout(), family.layout, frozenset()))
-        state.needs |= needs
-        record.entries[name].mechanism.layout = state.layout
+        entry = record.entries[name] = _entry(family, name, attn, chosen[name], original)
+        entry.mechanism.layout = state.layout
+        state.needs |= entry.mechanism.needs
     return record
 
 
@@ -308,8 +306,8 @@ def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     state: HostState = getattr(host, HOST)
     layout = state.read(host, args, kwargs, state.needs)
     shared = state.layout
-    shared.grid, shared.text = layout.grid, layout.text
-    shared.text_first, shared.text_mask = layout.text_first, layout.text_mask
+    shared.grid, shared.tokens = layout.grid, layout.tokens
+    shared.text, shared.text_first, shared.text_mask = layout.text, layout.text_first, layout.text_mask
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class Layout:
     """
 
     grid: tuple[int, ...] | Tensor | None = None
+    tokens: int = 0
     text: int = 0
     text_first: bool = True
     text_mask: Tensor | None = None

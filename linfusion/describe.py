@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,19 +82,21 @@ def describe(pipe_or_model: Any) -> Description:
         prefix = "" if len(models) == 1 else f"{type(model).__name__}."
         for name, attn in attention_layers(model):
             entry = None if record is None else record.entries.get(name)
+            layout = None if record is None else record.layouts.get(name)
+            exact = 0.0 if layout is None else float(layout.tokens + layout.text) ** 2
+            total += exact
             if entry is None or attn.processor is not entry.processor:
-                reports.append(
-                    LayerReport(prefix + name, None, None, None, 0, _reason(family, name, attn, targets, entry))
-                )
+                done += exact
+                reason = _reason(family, name, attn, targets, entry)
+                reports.append(LayerReport(prefix + name, None, None, None, 0, reason))
                 continue
             layout = entry.mechanism.layout
             grid = None if layout.grid is None else tuple(int(n) for n in layout.grid)
+            text = layout.text if family.joint and layout.tokens else None
             parameters = sum(p.numel() for p in entry.mechanism.parameters())
-            text = layout.text if family.joint and grid else None
             reports.append(LayerReport(prefix + name, repr(entry.mechanism.config), grid, text, parameters, "replaced"))
-            if grid:
-                done += entry.mechanism.pairs(grid, layout.text)
-                total += float(_tokens(grid) + layout.text) ** 2
+            if layout.tokens:
+                done += entry.mechanism.pairs(grid or (layout.tokens,), layout.text)
     name = " + ".join(dict.fromkeys(type(m).__name__ for m in models))
     return Description(name, tuple(reports), done / total if total else None)
 
@@ -105,13 +106,6 @@ def attention_layers(model: nn.Module):
     for name, module in model.named_modules():
         if hasattr(module, "processor") and hasattr(module, "set_processor"):
             yield name, module
-
-
-def _tokens(grid: Sequence[int]) -> int:
-    count = 1
-    for n in grid:
-        count *= n
-    return count
 
 
 def _reason(family: Family, name: str, attn: nn.Module, targets: dict[str, nn.Module], entry: Any) -> str:

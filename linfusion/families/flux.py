@@ -71,19 +71,19 @@ def flux_layout(host: nn.Module, args: tuple, kwargs: dict, needs: frozenset[str
     tokens = argument(args, kwargs, 0, "hidden_states").shape[1]
     text = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
     if "grid" not in needs:
-        return Layout(text=text)
+        return Layout(tokens=tokens, text=text)
     ids = argument(args, kwargs, 4, "img_ids")
     ids = ids[0] if ids.ndim == 3 else ids
     sizes = (ids[:, 1:].amax(dim=0) - ids[:, 1:].amin(dim=0) + 1).to("cpu", torch.int64)
     if torch.compiler.is_compiling():
-        return Layout(grid=sizes, text=text)  # the op that uses it reads it, and checks it against the tokens
+        return Layout(sizes, tokens, text)  # the op that uses it reads it, and checks it against the tokens
     grid = tuple(sizes.tolist())
     if math.prod(grid) != tokens:
         raise ValueError(
             f"img_ids describe a grid of {grid[0]} x {grid[1]} tokens, but there are {tokens} image tokens. "
             "Reference images in the sequence (FLUX Kontext) are not supported by mechanisms that need the grid."
         )
-    return Layout(grid=grid, text=text)
+    return Layout(grid, tokens, text)
 
 
 def flux_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

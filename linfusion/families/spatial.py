@@ -63,13 +63,15 @@ def transformers_2d(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def unet_layout(host: nn.Module, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
-    return Layout(grid=tuple(argument(args, kwargs, 0, "hidden_states").shape[-2:]))
+    height, width = argument(args, kwargs, 0, "hidden_states").shape[-2:]
+    return Layout((height, width), tokens=height * width)
 
 
 def patch_layout(host: nn.Module, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
     height, width = argument(args, kwargs, 0, "hidden_states").shape[-2:]
     patch = host.config.patch_size
-    return Layout(grid=(height // patch, width // patch))
+    height, width = height // patch, width // patch
+    return Layout((height, width), tokens=height * width)
 
 
 def spatial_site(name: str, attn: nn.Module) -> Site:

@@ -1,0 +1,46 @@
+"""The `linfusion` command: errors in one line, progress and remarks on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..version import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    from . import describe, generate
+
+    parser = argparse.ArgumentParser(
+        prog="linfusion", description="Linear and sparse attention for diffusers: try it, measure it."
+    )
+    parser.add_argument("--version", action="version", version=f"linfusion {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (generate, describe):
+        module.add_command(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 for input that cannot be served, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, NotImplementedError, ImportError, OSError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"linfusion: error: {reason}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        print("linfusion: error: out of memory; try a smaller --size or --dtype bfloat16.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linfusion: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""`linfusion describe`: which layers of a model a mechanism replaces, and why not the others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .options import add_mechanism_options, add_model_options, chosen_mechanism, load_pipeline
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("describe", help="list a model's attention layers and what would replace them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_model_options(parser)
+    add_mechanism_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = chosen_mechanism(args)
+
+    from rich.console import Console
+
+    from .. import apply, describe, load
+
+    pipe = load_pipeline(args)
+    if args.adapter is not None:
+        load(pipe, args.adapter)
+    elif config is not None:
+        apply(pipe, config)
+    report = describe(pipe)
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        Console().print(report)
+    return 0

@@ -1,0 +1,120 @@
+"""Options that several commands share: which model, which mechanism with which settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ..mechanisms import MechanismConfig, config_from_dict, mechanisms
+
+EMBEDDED = ("emoji-flux",)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --dtype."""
+    parser.add_argument(
+        "--model", default=EMBEDDED[0], metavar="NAME", help=f"{', '.join(EMBEDDED)} (embedded), a folder or a Hub id"
+    )
+    parser.add_argument("--device", help="cpu, cuda, mps; default the best one there is")
+    parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 elsewhere")
+
+
+def add_mechanism_options(parser: argparse.ArgumentParser) -> None:
+    """--mechanism, one option for every setting of every mechanism, --adapter, --untrained."""
+    group = parser.add_argument_group("mechanism")
+    group.add_argument("--mechanism", metavar="NAME", help=f"{', '.join(mechanisms())}; default the model's own")
+    settings: dict[str, list[str]] = {}
+    for name, config in mechanisms().items():
+        for field in dataclasses.fields(config):
+            settings.setdefault(field.name, []).append(name)
+    for setting, names in settings.items():
+        flag = "--" + setting.replace("_", "-")
+        group.add_argument(flag, dest=f"set_{setting}", metavar="VALUE", help=f"setting of {', '.join(names)}")
+    group.add_argument("--adapter", metavar="NAME", help="a trained adapter: a folder or a Hub id")
+    group.add_argument("--untrained", action="store_true", help="the adapter's mechanism without its weights")
+
+
+def chosen_mechanism(args: argparse.Namespace) -> MechanismConfig | None:
+    """The config that --mechanism and its settings ask for, None without --mechanism."""
+    settings = {k.removeprefix("set_"): _value(v) for k, v in vars(args).items() if k.startswith("set_") and v}
+    if args.adapter is not None:
+        if args.mechanism is not None or settings:
+            raise ValueError("--adapter brings its own mechanism and settings; give one or the other.")
+        return None
+    if args.untrained:
+        raise ValueError("--untrained goes with --adapter.")
+    if args.mechanism is None:
+        if settings:
+            raise ValueError(
+                f"--{next(iter(settings)).replace('_', '-')} is a setting of a mechanism: add --mechanism."
+            )
+        return None
+    return config_from_dict({"name": args.mechanism, **settings})
+
+
+def _value(text: str) -> Any:
+    """`8`, `0.5`, `4,8` (one per axis), `none`, `true`, or a word."""
+    if "," in text:
+        return tuple(_value(part.strip()) for part in text.split(","))
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def load_pipeline(args: argparse.Namespace) -> Any:
+    """The pipeline of --model on --device in --dtype.
+
+    Raises:
+        ValueError: there is no such model or device.
+    """
+    import torch
+
+    device = args.device or _best_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    _quiet()
+    if args.model in EMBEDDED:
+        from .. import demo_pipeline
+
+        pipe = demo_pipeline(args.model, torch_dtype=dtype)
+    else:
+        from diffusers import DiffusionPipeline
+
+        if not Path(args.model).is_dir() and args.model.count("/") != 1:
+            raise ValueError(
+                f"--model {args.model} is no embedded model ({', '.join(EMBEDDED)}), no folder here and no Hub id."
+            )
+        try:
+            pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype)
+        except Exception as error:  # loading fails in as many ways as there are broken folders
+            raise ValueError(f"--model {args.model} cannot be loaded: {str(error).splitlines()[0]}") from None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _quiet() -> None:
+    """Loading bars and advice of the host libraries are theirs, not this command's."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
