@@ -29,8 +29,10 @@ class LinFusion(MechanismConfig):
     eps: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.mid_dim is not None and self.mid_dim < 1:
+        if self.mid_dim is not None and (not isinstance(self.mid_dim, int) or self.mid_dim < 1):
             raise ValueError(f"mid_dim must be a positive number of channels or None, got {self.mid_dim!r}.")
+        if not self.eps >= 0:
+            raise ValueError(f"eps must not be negative, got {self.eps!r}.")
 
     def build(self, site: Site) -> Mechanism:
         return LinFusionAttention(self, site)

@@ -1,0 +1,175 @@
+"""Mechanisms on made-up calls: limits, gradients, settings. What they do inside hosts is in tests/families."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import linfusion as lf
+from linfusion.call import AttnCall, Norms, Rope, Site
+from linfusion.kernels import RopeTables, linear_attention, rotate
+from linfusion.mechanisms import config_from_dict
+
+EXAMPLES = {
+    "softmax": lf.Softmax(),
+    "linfusion": lf.LinFusion(mid_dim=8),
+    "clear": lf.CLEAR(radius=3),
+    "clear-pooled": lf.CLEAR(radius=(2, 4), pool=2),
+}
+
+
+def test_every_mechanism_has_an_example():
+    assert {c.name for c in EXAMPLES.values()} == set(lf.mechanisms())
+
+
+def exact(q, k, v, mask=None):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def make_call(grid=(5, 6), text=3, text_first=True, masked=False, rotated=True, dtype=torch.float64):
+    torch.manual_seed(1)
+    tokens = math.prod(grid) + text
+    q, k, v = (torch.randn(2, tokens, 2, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    angle = torch.randn(tokens, 4, dtype=dtype).repeat_interleave(2, dim=1)
+    table = RopeTables(angle.cos(), angle.sin())
+    mask = torch.tensor([[True] * text, [True] + [False] * (text - 1)]) if masked else None
+    rope = Rope(lambda x: rotate(x, table), table) if rotated else None
+    return AttnCall(q, k, v, grid=grid, text=text, text_first=text_first, text_mask=mask, rope=rope, exact=exact)
+
+
+def build(config, joint=True):
+    return config.build(Site("layer", width=16, heads=2, head_dim=8, joint=joint)).double()
+
+
+@pytest.mark.parametrize("text_first", [True, False], ids=["text-first", "text-last"])
+@pytest.mark.parametrize("text", [0, 3])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_shape_and_gradients(name, text, text_first):
+    mechanism, call = build(EXAMPLES[name]), make_call(text=text, text_first=text_first)
+    x = torch.randn(2, 30, 16, dtype=torch.float64)
+    for projected in mechanism.features(x):
+        assert projected.shape == x.shape
+    out = mechanism(call)
+    assert out.shape == call.q.shape and out.isfinite().all()
+    out.square().sum().backward()
+    for leaf in (call.q, call.k, call.v, *(p for n, p in mechanism.named_parameters() if "mlp" not in n)):
+        assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_settings_survive_json(name):
+    config = EXAMPLES[name]
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.name = "other"
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
+@pytest.mark.parametrize("text_first", [True, False], ids=["text-first", "text-last"])
+def test_a_radius_that_covers_the_grid_is_exact(text_first, masked):
+    call = make_call(text_first=text_first, masked=masked)
+    mask = None
+    if masked:
+        real = torch.ones(2, 30, dtype=torch.bool)
+        mask = call.join(call.text_mask, real)[:, None, None]
+    want = exact(*call.rotated(), call.v, mask)
+    torch.testing.assert_close(build(lf.CLEAR(radius=100))(call), want)
+
+
+def test_radius_one_sees_itself_and_the_text():
+    call = make_call(rotated=False)
+    out = call.split(build(lf.CLEAR(radius=1))(call))[1]
+    q, k, v = call.q, call.k, call.v
+    for i in (0, 17, 29):
+        seen = [0, 1, 2, 3 + i]
+        want = exact(q[:, 3 + i : 4 + i], k[:, seen], v[:, seen])[:, 0]
+        torch.testing.assert_close(out[:, i], want)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
+def test_linfusion_keeps_text_exact(masked):
+    """Text queries: softmax over everything. Image queries: N / (N + T) linear, T / (N + T) softmax over text."""
+    call = make_call(masked=masked)
+    q, k = call.rotated()
+    out = build(lf.LinFusion())(call)
+    for sample in range(2):
+        words = 3 if call.text_mask is None else int(call.text_mask[sample].sum())
+        pick = lambda x, s: x[sample : sample + 1, s]  # noqa: E731
+        keys = list(range(words)) + list(range(3, 33))
+        want_text = exact(pick(q, slice(0, 3)), pick(k, keys), pick(call.v, keys))
+        torch.testing.assert_close(out[sample : sample + 1, :3], want_text)
+        image = slice(3, 33)
+        linear = linear_attention(
+            pick(call.q, image), pick(call.k, image), pick(call.v, image), eps=1e-4, rope=call.image_tables()
+        )
+        from_text = exact(pick(q, image), pick(k, slice(0, words)), pick(call.v, slice(0, words)))
+        want = (30 * linear + words * from_text) / (30 + words)
+        torch.testing.assert_close(out[sample : sample + 1, 3:], want)
+
+
+def test_linfusion_starts_at_zero_effect():
+    x = torch.randn(2, 30, 16, dtype=torch.float64)
+    mechanism = build(lf.LinFusion(), joint=False)
+    assert all(torch.equal(f, x) for f in mechanism.features(x))
+    optimiser = torch.optim.SGD(mechanism.parameters(), lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        sum(f.square().sum() for f in mechanism.features(x)).backward()
+        optimiser.step()
+    assert all(p.grad.abs().sum() > 0 for p in mechanism.parameters())
+
+
+def test_calls_norm_and_rotate_once_and_each_part_by_its_own():
+    call = make_call(text=2, rotated=False)
+    call.norms = Norms(lambda x: x * 2, lambda x: x * 3, lambda x: x * 5, lambda x: x * 7)
+    q, k = call.normalised()
+    torch.testing.assert_close(q, torch.cat((call.q[:, :2] * 5, call.q[:, 2:] * 2), dim=1))
+    torch.testing.assert_close(k, torch.cat((call.k[:, :2] * 7, call.k[:, 2:] * 3), dim=1))
+    assert call.normalised()[0] is q and call.rotated()[0] is q
+
+
+def test_a_rotation_of_the_image_leaves_the_text():
+    call = make_call(text=3, text_first=False, rotated=False)
+    table = RopeTables(torch.zeros(30, 8), torch.ones(30, 8))
+    call.rope = Rope(lambda x: rotate(x, table), table, covers_text=False)
+    q, _ = call.rotated()
+    assert torch.equal(q[:, 30:], call.q[:, 30:]) and not torch.equal(q[:, :30], call.q[:, :30])
+    assert call.image_tables() is table
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "nope"}, "Available: softmax, linfusion, clear"),
+        ({"name": "clear", "radius": 0}, "radius must be positive"),
+        ({"name": "clear", "radius": -1.5}, "radius must be positive"),
+        ({"name": "clear", "radius": True}, "radius must be positive"),
+        ({"name": "clear", "radius": "8"}, "radius must be positive"),
+        ({"name": "clear", "radius": [1, 2, 3, 4]}, "one per axis"),
+        ({"name": "clear", "radius": 4, "pool": 0}, "pool must be"),
+        ({"name": "clear"}, "radius"),
+        ({"name": "clear", "radius": 4, "window": 3}, "has no setting window"),
+        ({"name": "linfusion", "mid_dim": 0}, "mid_dim must be"),
+        ({"name": "linfusion", "mid_dim": 2.5}, "mid_dim must be"),
+        ({"name": "linfusion", "eps": -1}, "eps must not be negative"),
+    ],
+    ids=str,
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(settings)
+
+
+def test_radius_of_another_rank_names_the_layer():
+    with pytest.raises(ValueError, match="layer: radius .* has 3 axes, the grid has 2"):
+        build(lf.CLEAR(radius=(2, 2, 2)))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_work_is_counted(name):
+    pairs = build(EXAMPLES[name]).pairs((5, 6), 3)
+    assert 0 < pairs <= (33**2 if name != "clear-pooled" else 33 * 42)
