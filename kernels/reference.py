@@ -4,6 +4,8 @@ Tests measure against these functions in float64. They favour clearness; `window
 score matrix and is no path for real sizes.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
-def named_feature_map(name: str):
+def named_feature_map(name: str) -> Callable[[Tensor], Tensor]:
     """The feature map called `name`; ValueError listing them all when there is none."""
     if name not in FEATURE_MAPS:
         raise ValueError(f"Unknown feature_map={name!r}. Available: {', '.join(FEATURE_MAPS)}.")
@@ -57,7 +59,7 @@ def linear_attention(
     return out.to(dtype)
 
 
-def window_mask(grid: tuple[int, ...], radius: tuple[float, ...], device=None) -> Tensor:
+def window_mask(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device | None = None) -> Tensor:
     """`[N, N]` bool: which grid tokens see which. Strict: sum over axes of (distance / radius)^2 < 1.
 
     Multiplied out, so that whole-number radii compare whole numbers: `dy^2 + dx^2 < r^2` for one radius.
@@ -84,8 +86,8 @@ def window_attention(
     k: Tensor,
     v: Tensor,
     *,
-    grid,
-    radius,
+    grid: Sequence[int],
+    radius: float | Sequence[float],
     text: int = 0,
     text_first: bool = True,
     text_mask: Tensor | None = None,
@@ -98,16 +100,16 @@ def window_attention(
     check_qkv(q, k, v)
     batch, tokens, heads, _ = q.shape
     grid = check_grid(grid, tokens, text, text_mask, batch)
-    radius = check_radius(radius, len(grid))
+    reach = check_radius(radius, len(grid))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = q.dtype
-    if pooled_k is not None:
+    if pooled_k is not None and pooled_v is not None:
         k, v = torch.cat((k, pooled_k), dim=1), torch.cat((v, pooled_v), dim=1)
     image = slice(text, tokens) if text_first else slice(0, tokens - text)
     words = slice(0, text) if text_first else slice(tokens - text, tokens)
     allowed = torch.zeros(batch, tokens, k.shape[1], dtype=torch.bool, device=q.device)
     allowed[:, words, :tokens] = True  # text sees all but the pooled copies of what it sees anyway
-    allowed[:, image, image] = window_mask(grid, radius, q.device)
+    allowed[:, image, image] = window_mask(grid, reach, q.device)
     allowed[:, image, words] = True
     allowed[:, image, tokens:] = True
     if text_mask is not None:

@@ -51,14 +51,14 @@ def window_attention(
         ValueError: shapes that do not belong together, a grid that does not match S, a radius that is not positive.
     """
     check_qkv(q, k, v)
-    device_grid = grid if isinstance(grid, Tensor) else None
-    sizes = [] if device_grid is not None else list(check_grid(grid, q.shape[1], text, text_mask, q.shape[0]))
-    rank = len(device_grid) if device_grid is not None else len(sizes)
-    reach = check_radius(radius, rank)
-    if (pooled_k is None) != (pooled_v is None):
-        raise ValueError("pooled_k and pooled_v go together; one of them is missing.")
-    if pooled_k is not None:
+    device_grid, sizes = (grid, []) if isinstance(grid, Tensor) else (None, list(grid))
+    if device_grid is None:
+        check_grid(sizes, q.shape[1], text, text_mask, q.shape[0])
+    reach = check_radius(radius, len(grid))
+    if pooled_k is not None and pooled_v is not None:
         check_qkv(q, pooled_k, pooled_v)
+    elif pooled_k is not None or pooled_v is not None:
+        raise ValueError("pooled_k and pooled_v go together; one of them is missing.")
     heads = q.shape[2]
     k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -182,7 +182,9 @@ def _window_backward_op(
         dq[:, p.words] = tq
         dk += tk
         dv += tv
-    return tuple(g.to(q.dtype) for g in (dq, dk, dv, gck[:, text:].contiguous(), gcv[:, text:].contiguous()))
+    pooled = (g[:, text:].contiguous() for g in (gck, gcv))
+    dq, dk, dv, dpk, dpv = (g.to(q.dtype) for g in (dq, dk, dv, *pooled))
+    return dq, dk, dv, dpk, dpv
 
 
 @_window_backward_op.register_fake

@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 def plan(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device) -> Plan:
     """The tiles of a grid. Cached by value: grids with equally many tokens never share an entry."""
     weights, bound = window_weights(radius)
-    tiles, spans, q_axes, k_axes, distance = [], [], [], [], []
+    tiles, q_axes, k_axes, distance = [], [], [], []
     with torch.inference_mode(False):  # the cache outlives an inference-mode caller
         for n, r, weight in zip(grid, radius, weights, strict=True):
             halo = min(math.ceil(r) - 1, n)
@@ -43,7 +43,9 @@ def plan(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device)
             q = (start[:, None] + torch.arange(tile, device=device)).clamp(max=n - 1)
             k = (start - halo).clamp(0, n - span)[:, None] + torch.arange(span, device=device)
             distance.append((q[:, :, None] - k[:, None, :]).double() ** 2 * weight)
-            tiles.append(len(start)), spans.append(span), q_axes.append(q), k_axes.append(k)
+            tiles.append(len(start))
+            q_axes.append(q)
+            k_axes.append(k)
         queries, keys = _flat_tokens(q_axes, grid), _flat_tokens(k_axes, grid)
         slot = torch.empty(math.prod(grid), dtype=torch.long, device=device)
         slot[queries.flatten()] = torch.arange(queries.numel(), device=device)
@@ -52,7 +54,7 @@ def plan(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device)
 
 def _flat_tokens(axes: list[Tensor], grid: tuple[int, ...]) -> Tensor:
     """Coordinates per axis `[axis tiles, length]` to token numbers `[tiles, product of lengths]`."""
-    rank, total = len(grid), 0
+    rank, total = len(grid), torch.zeros((), dtype=torch.long, device=axes[0].device)
     for a, coordinate in enumerate(axes):
         shape = [1] * (2 * rank)
         shape[a], shape[rank + a] = coordinate.shape
@@ -62,7 +64,7 @@ def _flat_tokens(axes: list[Tensor], grid: tuple[int, ...]) -> Tensor:
 
 def _mask(p: Plan, first: int, last: int) -> Tensor:
     """`[last - first, Q, K]` bool for a run of tiles."""
-    rank, total = len(p.shape), 0.0
+    rank, total = len(p.shape), p.distance[0].new_zeros(())
     index = torch.unravel_index(torch.arange(first, last, device=p.slot.device), p.shape)
     for a, i in enumerate(index):
         d = p.distance[a][i]

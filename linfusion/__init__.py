@@ -7,6 +7,7 @@ lf.restore(pipe)
 """
 
 import os
+from typing import Any as _Any
 
 _here = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(
@@ -22,7 +23,7 @@ from .version import __version__
 from .weights import load, save
 
 
-def demo_pipeline(name: str = "emoji-flux", **kwargs):
+def demo_pipeline(name: str = "emoji-flux", **kwargs: _Any) -> _Any:
     """The embedded text-to-image model as an ordinary diffusers pipeline; needs no network.
 
     Args:

@@ -113,13 +113,16 @@ def host_parameter(model: nn.Module, name: str) -> Tensor | None:
 @torch.no_grad()
 def swap_host(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Write host parameters; returns what stood there."""
-    places = {name: host_parameter(model, name) for name in values}
-    for name, parameter in places.items():
+    places = {}
+    for name in values:
+        parameter = host_parameter(model, name)
         if parameter is None:
             raise ValueError(f"The {type(model).__name__} has no parameter {name!r} any more.")
+        places[name] = parameter
         if parameter.device.type == "meta":
             raise NotImplementedError(f"{name} is offloaded layer by layer; load weights before enabling that.")
-    before = {name: parameter.detach().clone() for name, parameter in places.items()}
-    for name, value in values.items():
-        places[name].copy_(value)
+    before = {}
+    for name, parameter in places.items():
+        before[name] = parameter.detach().clone()
+        parameter.copy_(values[name])
     return before

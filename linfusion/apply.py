@@ -107,13 +107,14 @@ def applied(
     pipe_or_model: Host, mechanism: Choice, *, layers: Layers = None, weights: str | Path | None = None
 ) -> Iterator[Host]:
     """`apply` for the length of a with block. Leaving it restores the host's own attention."""
+    apply(pipe_or_model, mechanism, layers=layers, weights=weights)
     try:
-        yield apply(pipe_or_model, mechanism, layers=layers, weights=weights)
+        yield pipe_or_model
     finally:
         restore(pipe_or_model)
 
 
-def attn_processors(model: nn.Module, mechanism: Choice, *, layers: Layers = None) -> dict[str, Any]:
+def attn_processors(model: Any, mechanism: Choice, *, layers: Layers = None) -> dict[str, Any]:
     """Processors for diffusers' own call: `unet.set_attn_processor(attn_processors(unet, LinFusion()))`.
 
     The mechanisms' modules and hooks are attached here, since processors hold no parameters; `restore(model)` removes
@@ -126,8 +127,8 @@ def attn_processors(model: nn.Module, mechanism: Choice, *, layers: Layers = Non
         raise ValueError(f"{type(model).__name__} has no set_attn_processor; use linfusion.apply.")
     record = _plan(model, mechanism, layers)
     _replace(model, record, None, set_processors=False)
-    processors = dict(model.attn_processors)
-    return processors | {f"{name}.processor": entry.processor for name, entry in record.entries.items()}
+    processors: Any = model.attn_processors
+    return dict(processors) | {f"{name}.processor": entry.processor for name, entry in record.entries.items()}
 
 
 def denoisers(pipe_or_model: Any) -> list[nn.Module]:
@@ -265,7 +266,7 @@ def _replace(model: nn.Module, record: Record, adapter: Adapter | None, set_proc
 def _attach(model: nn.Module, record: Record, set_processors: bool = True) -> None:
     setattr(model, RECORD, record)
     for name, entry in record.entries.items():
-        attn = model.get_submodule(name)
+        attn: Any = model.get_submodule(name)
         attn.linfusion = entry.mechanism
         if set_processors:
             attn.set_processor(entry.processor)
@@ -284,7 +285,7 @@ def _detach(model: nn.Module) -> Record | None:
     if record is None:
         return None
     for name, entry in record.entries.items():
-        attn = model.get_submodule(name)
+        attn: Any = model.get_submodule(name)
         if "linfusion" in attn._modules:
             del attn.linfusion
         if attn.processor is not entry.original:

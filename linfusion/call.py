@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import RopeTables
@@ -45,6 +46,13 @@ class Layout:
     text: int = 0
     text_first: bool = True
     text_mask: Tensor | None = None
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's attention on `[B, S, H, D]`, as diffusers' plain processors call it."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False)
+    return out.transpose(1, 2)
 
 
 class Norms(NamedTuple):
@@ -99,7 +107,7 @@ class AttnCall:
     norms: Norms | None = None
     rope: Rope | None = None
     scale: float | None = None
-    exact: Callable[..., Tensor] | None = None
+    exact: Callable[..., Tensor] = sdpa
     mask: Tensor | None = None
     _normalised: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _rotated: tuple[Tensor, Tensor] | None = field(default=None, repr=False)

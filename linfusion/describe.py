@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,7 +102,7 @@ def describe(pipe_or_model: Any) -> Description:
     return Description(name, tuple(reports), done / total if total else None)
 
 
-def attention_layers(model: nn.Module):
+def attention_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every attention layer of a host, replaced or not, as `(name, module)`."""
     for name, module in model.named_modules():
         if hasattr(module, "processor") and hasattr(module, "set_processor"):

@@ -41,7 +41,12 @@ def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None =
             if not any(fnmatchcase(n, pattern) for n in known):
                 raise ValueError(f"host={pattern!r} matches no parameter of the {type(model).__name__}.")
         names = [n for n in known if any(fnmatchcase(n, p) for p in host)]
-    tensors = {f"host.{n}": host_parameter(model, n).detach().contiguous() for n in names}
+    tensors = {}
+    for name in names:
+        value = host_parameter(model, name)
+        if value is None:
+            raise ValueError(f"The {type(model).__name__} has no parameter {name!r} any more.")
+        tensors[f"host.{name}"] = value.detach().contiguous()
     for layer, entry in record.entries.items():
         for name, value in entry.mechanism.state_dict().items():
             tensors[f"mechanism.{layer}.{name}"] = value.contiguous()

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import apply, describe, load, restore
     from ..adapter import read_adapter
-    from ..pipelines.generate import generate, psnr, side_by_side, size_multiple
+    from ..pipelines.generate import Picture, generate, psnr, side_by_side, size_multiple
 
     remarks = Console(stderr=True)
     pipe = load_pipeline(args)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     changed = config is not None or args.adapter is not None
     label = _label(args, config)
 
-    def draw(name: str, steps: int | None = args.steps):
+    def draw(name: str, steps: int | None = args.steps) -> Picture:
         with _progress(remarks, name, steps or _default_steps(pipe)) as on_step:
             return generate(
                 pipe, args.prompt, size=args.size, steps=steps, guidance=args.guidance, seed=args.seed, on_step=on_step

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..call import Layout, Site
 from ..mechanisms import Mechanism
+
+HostLayer = Any  # a diffusers module; its attributes are the host's own, which nn.Module cannot type
 
 
 class Processor:
@@ -24,7 +25,7 @@ class Processor:
     _attention_backend: Any = None
     _parallel_config: Any = None
 
-    def mechanism(self, attn: nn.Module, mask: Tensor | None) -> Mechanism:
+    def mechanism(self, attn: HostLayer, mask: Tensor | None) -> Mechanism:
         """The layer's mechanism, after the checks that can only be made when it is called."""
         mechanism: Mechanism | None = getattr(attn, "linfusion", None)
         if mechanism is None:
@@ -102,10 +103,3 @@ def argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> A
 def to_heads(x: Tensor, head_dim: int) -> Tensor:
     """`[B, S, H * D]` to `[B, S, H, D]`; the head count is left open, since tensor parallelism shards it."""
     return x.unflatten(-1, (-1, head_dim))
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """PyTorch's attention on `[B, S, H, D]`, as diffusers' plain processors call it."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False)
-    return out.transpose(1, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..call import AttnCall, Layout, Norms, Rope, Site
 from ..kernels import RopeTables
-from .base import Family, Processor, argument, class_names, to_heads
+from .base import Family, HostLayer, Processor, argument, class_names, to_heads
 
 
 class FluxProcessor(Processor):
@@ -21,7 +22,7 @@ class FluxProcessor(Processor):
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: HostLayer,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -60,13 +61,14 @@ class FluxProcessor(Processor):
         return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
 
 
-def flux_rope(tables: tuple[Tensor, Tensor] | None) -> Rope | None:
+def flux_rope(tables: Any) -> Rope | None:
     if tables is None:
         return None
-    return Rope(partial(apply_rotary_emb, freqs_cis=tables, sequence_dim=1), RopeTables(*tables, interleaved=True))
+    turn: Any = partial(apply_rotary_emb, freqs_cis=tables, sequence_dim=1)  # diffusers types it as a pair
+    return Rope(turn, RopeTables(tables[0], tables[1], interleaved=True))
 
 
-def flux_layout(host: nn.Module, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
+def flux_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
     """The grid stands in `img_ids`, a tensor: reading it waits for the device, so only who needs it pays."""
     tokens = argument(args, kwargs, 0, "hidden_states").shape[1]
     text = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
@@ -92,7 +94,7 @@ def flux_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def flux_site(name: str, attn: nn.Module) -> Site:
+def flux_site(name: str, attn: HostLayer) -> Site:
     return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.head_dim, joint=True)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..call import AttnCall, Layout, Norms, Site
-from .base import Family, Processor, argument, class_names, sdpa, to_heads
+from .base import Family, HostLayer, Processor, argument, class_names, to_heads
 
 STOCK = frozenset({"AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"})
 
@@ -17,7 +18,7 @@ class SpatialProcessor(Processor):
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: HostLayer,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -39,12 +40,12 @@ class SpatialProcessor(Processor):
         norms = None
         if attn.norm_q is not None or attn.norm_k is not None:
             norms = Norms(attn.norm_q or nn.Identity(), attn.norm_k or nn.Identity())
-        call = AttnCall(q, k, v, grid=mechanism.layout.grid, norms=norms, exact=sdpa, mask=mask)
+        call = AttnCall(q, k, v, grid=mechanism.layout.grid, norms=norms, mask=mask)
         out = mechanism(call).flatten(2).to(q.dtype)
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def self_attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def self_attention(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """attn1, and attn2 where it is self-attention too; temporal and motion modules are another axis."""
     for name, module in model.named_modules():
         parts = name.split(".")
@@ -62,19 +63,19 @@ def transformers_2d(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def unet_layout(host: nn.Module, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
+def unet_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
     height, width = argument(args, kwargs, 0, "hidden_states").shape[-2:]
     return Layout((height, width), tokens=height * width)
 
 
-def patch_layout(host: nn.Module, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
+def patch_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
     height, width = argument(args, kwargs, 0, "hidden_states").shape[-2:]
     patch = host.config.patch_size
     height, width = height // patch, width // patch
     return Layout((height, width), tokens=height * width)
 
 
-def spatial_site(name: str, attn: nn.Module) -> Site:
+def spatial_site(name: str, attn: HostLayer) -> Site:
     if attn.group_norm is not None or attn.spatial_norm is not None or attn.residual_connection:
         raise NotImplementedError(f"{name}: attention with its own norm or residual is not supported.")
     if attn.rescale_output_factor != 1.0:

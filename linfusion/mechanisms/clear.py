@@ -48,6 +48,7 @@ class CLEAR(MechanismConfig):
 
 
 class CLEARAttention(Mechanism):
+    config: CLEAR
     needs = frozenset({"grid"})
 
     def __init__(self, config: CLEAR, site: Site) -> None:
@@ -56,6 +57,7 @@ class CLEARAttention(Mechanism):
             self.pool_weight = nn.Parameter(torch.full((config.pool, config.pool), config.pool**-2))
 
     def forward(self, call: AttnCall) -> Tensor:
+        assert call.grid is not None  # the processor has checked `needs`
         q, k = call.rotated()
         pooled_k = pooled_v = None
         if self.config.pool > 1:
@@ -64,10 +66,12 @@ class CLEARAttention(Mechanism):
             pooled_k, pooled_v = pool_grid(image, grid=call.grid, weight=self.pool_weight).split(
                 (k.shape[2], call.v.shape[2]), dim=2
             )
-        return window_attention(
+        out = window_attention(
             q, k, call.v, grid=call.grid, radius=self.config.radius, text=call.text, text_first=call.text_first,
             text_mask=call.text_mask, scale=call.scale, pooled_k=pooled_k, pooled_v=pooled_v,
         )  # fmt: skip
+        assert isinstance(out, Tensor)  # a pair only with return_lse
+        return out
 
     def pairs(self, grid: tuple[int, ...], text: int) -> float:
         tokens, pool = math.prod(grid), self.config.pool

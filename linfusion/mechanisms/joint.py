@@ -16,7 +16,7 @@ def mix_text(call: AttnCall, image: Tensor) -> Tensor:
     q, k = call.rotated()
     (tq, iq), (tk, _), (tv, _) = call.split(q), call.split(k), call.split(call.v)
     text_keys = all_keys = None
-    count = float(call.text)
+    count: float | Tensor = float(call.text)
     if call.text_mask is not None:
         text_keys = call.text_mask[:, None, None]
         real = call.text_mask.new_ones(image.shape[:2])

@@ -39,6 +39,7 @@ class LinFusion(MechanismConfig):
 
 
 class LinFusionAttention(Mechanism):
+    config: LinFusion
     changes_input = True
 
     def __init__(self, config: LinFusion, site: Site) -> None:
@@ -63,7 +64,7 @@ class LinFusionAttention(Mechanism):
 
 def _residual_mlp(width: int, mid: int) -> nn.Sequential:
     """Starts at zero: the layer's first output is the host's projections under linear attention, nothing more."""
-    mlp = nn.Sequential(nn.Linear(width, mid), nn.LayerNorm(mid), nn.LeakyReLU(), nn.Linear(mid, width))
-    nn.init.zeros_(mlp[3].weight)
-    nn.init.zeros_(mlp[3].bias)
-    return mlp
+    last = nn.Linear(mid, width)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(width, mid), nn.LayerNorm(mid), nn.LeakyReLU(), last)

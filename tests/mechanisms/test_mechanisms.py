@@ -90,6 +90,10 @@ def test_radius_one_sees_itself_and_the_text():
         torch.testing.assert_close(out[:, i], want)
 
 
+def pick(sample, x, tokens):
+    return x[sample : sample + 1, tokens]
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
 def test_linfusion_keeps_text_exact(masked):
     """Text queries: softmax over everything. Image queries: N / (N + T) linear, T / (N + T) softmax over text."""
@@ -98,15 +102,20 @@ def test_linfusion_keeps_text_exact(masked):
     out = build(lf.LinFusion())(call)
     for sample in range(2):
         words = 3 if call.text_mask is None else int(call.text_mask[sample].sum())
-        pick = lambda x, s: x[sample : sample + 1, s]  # noqa: E731
         keys = list(range(words)) + list(range(3, 33))
-        want_text = exact(pick(q, slice(0, 3)), pick(k, keys), pick(call.v, keys))
+        want_text = exact(pick(sample, q, slice(0, 3)), pick(sample, k, keys), pick(sample, call.v, keys))
         torch.testing.assert_close(out[sample : sample + 1, :3], want_text)
         image = slice(3, 33)
         linear = linear_attention(
-            pick(call.q, image), pick(call.k, image), pick(call.v, image), eps=1e-4, rope=call.image_tables()
+            pick(sample, call.q, image),
+            pick(sample, call.k, image),
+            pick(sample, call.v, image),
+            eps=1e-4,
+            rope=call.image_tables(),
         )
-        from_text = exact(pick(q, image), pick(k, slice(0, words)), pick(call.v, slice(0, words)))
+        from_text = exact(
+            pick(sample, q, image), pick(sample, k, slice(0, words)), pick(sample, call.v, slice(0, words))
+        )
         want = (30 * linear + words * from_text) / (30 + words)
         torch.testing.assert_close(out[sample : sample + 1, 3:], want)
 
