@@ -10,7 +10,9 @@ from .options import add_mechanism_options, add_model_options, chosen_mechanism,
 
 
 def add_command(commands: Any) -> None:
-    parser = commands.add_parser("describe", help="list a model's attention layers and what would replace them")
+    parser = commands.add_parser(
+        "describe", help="list a model's attention layers and what would replace them", allow_abbrev=False
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_model_options(parser)
     add_mechanism_options(parser)

@@ -20,6 +20,7 @@ def add_command(commands: Any) -> None:
         "generate",
         help="draw a picture from a prompt",
         description="Draw a picture from a prompt, with the model's attention replaced.",
+        allow_abbrev=False,
         epilog='example: linfusion generate "red apple" --mechanism clear --radius 8 --compare --out out.png',
     )
     parser.add_argument("prompt", help="what to draw")

@@ -30,10 +30,11 @@ def add_mechanism_options(parser: argparse.ArgumentParser) -> None:
     settings: dict[str, list[str]] = {}
     for name, config in mechanisms().items():
         for field in dataclasses.fields(config):
-            settings.setdefault(field.name, []).append(name)
-    for setting, names in settings.items():
+            need = "needed" if field.default is dataclasses.MISSING else f"default {field.default}"
+            settings.setdefault(field.name, []).append(f"{name} ({need})")
+    for setting, users in settings.items():
         flag = "--" + setting.replace("_", "-")
-        group.add_argument(flag, dest=f"set_{setting}", metavar="VALUE", help=f"setting of {', '.join(names)}")
+        group.add_argument(flag, dest=f"set_{setting}", metavar="VALUE", help=f"of {', '.join(users)}")
     group.add_argument("--adapter", metavar="NAME", help="a trained adapter: a folder or a Hub id")
     group.add_argument("--untrained", action="store_true", help="the adapter's mechanism without its weights")
 

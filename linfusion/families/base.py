@@ -43,10 +43,11 @@ class Processor:
             )
         if self._parallel_config is not None:
             raise NotImplementedError(f"{name} under context parallelism would see only this rank's tokens.")
-        if "grid" in mechanism.needs and mechanism.layout.grid is None:
+        layout = mechanism.layout
+        if (layout.grid is None and "grid" in mechanism.needs) or (layout.tokens == 0 and mechanism.site.joint):
             raise ValueError(
-                f"{mechanism.site.name}: {name} needs the token grid, which is read when the whole model is called; "
-                "this layer was called on its own."
+                f"{mechanism.site.name}: {name} needs the token grid and the number of text tokens, which are read "
+                "when the whole model is called; this layer was called on its own."
             )
         return mechanism
 

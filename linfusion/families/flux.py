@@ -75,17 +75,29 @@ def flux_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str
     if "grid" not in needs:
         return Layout(tokens=tokens, text=text)
     ids = argument(args, kwargs, 4, "img_ids")
-    ids = ids[0] if ids.ndim == 3 else ids
-    sizes = (ids[:, 1:].amax(dim=0) - ids[:, 1:].amin(dim=0) + 1).to("cpu", torch.int64)
+    sizes = ids_grid(ids[0] if ids.ndim == 3 else ids)
     if torch.compiler.is_compiling():
         return Layout(sizes, tokens, text)  # the op that uses it reads it, and checks it against the tokens
     grid = tuple(sizes.tolist())
     if math.prod(grid) != tokens:
         raise ValueError(
-            f"img_ids describe a grid of {grid[0]} x {grid[1]} tokens, but there are {tokens} image tokens. "
-            "Reference images in the sequence (FLUX Kontext) are not supported by mechanisms that need the grid."
+            f"img_ids do not describe one grid of {tokens} image tokens, row by row. Reference images in the "
+            "sequence (FLUX Kontext) are not supported by mechanisms that need the grid."
         )
     return Layout(grid, tokens, text)
+
+
+def ids_grid(ids: Tensor) -> Tensor:
+    """Rows and columns of `img_ids` `[N, 3]` as int64 `[2]` on the CPU; zeros when they are not one picture's.
+
+    Counts the places where the column falls back, since ids come in the model's dtype: above 256 bf16 repeats and
+    skips whole numbers, but keeps their order.
+    """
+    frame, row, column = ids.unbind(dim=-1)
+    falls = (column[1:] < column[:-1]).sum()
+    rows = torch.where((column == column[0]).all(), len(ids), falls + 1)
+    one = (frame == frame[0]).all() & (row[1:] >= row[:-1]).all()
+    return torch.stack((rows, len(ids) // rows)).mul(one).to("cpu", torch.int64)
 
 
 def flux_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -24,13 +24,13 @@ def config_from_dict(settings: dict[str, Any]) -> MechanismConfig:
     name = settings.pop("name", None)
     if name not in MECHANISMS:
         raise ValueError(f"Unknown mechanism {name!r}. Available: {', '.join(MECHANISMS)}.")
-    known = {f.name for f in dataclasses.fields(MECHANISMS[name])}
+    fields = dataclasses.fields(MECHANISMS[name])
+    known = {f.name for f in fields}
     if unknown := sorted(set(settings) - known):
         raise ValueError(f"{name} has no setting {', '.join(unknown)}. Settings: {', '.join(sorted(known)) or 'none'}.")
-    try:
-        return MECHANISMS[name](**settings)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from None
+    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in settings]:
+        raise ValueError(f"{name} needs {', '.join(missing)}.")
+    return MECHANISMS[name](**settings)
 
 
 __all__ = ["CLEAR", "LinFusion", "Mechanism", "MechanismConfig", "Softmax", "config_from_dict", "mechanisms"]

@@ -160,7 +160,7 @@ def test_a_rotation_of_the_image_leaves_the_text():
         ({"name": "clear", "radius": "8"}, "radius must be positive"),
         ({"name": "clear", "radius": [1, 2, 3, 4]}, "one per axis"),
         ({"name": "clear", "radius": 4, "pool": 0}, "pool must be"),
-        ({"name": "clear"}, "radius"),
+        ({"name": "clear"}, "clear needs radius"),
         ({"name": "clear", "radius": 4, "window": 3}, "has no setting window"),
         ({"name": "linfusion", "mid_dim": 0}, "mid_dim must be"),
         ({"name": "linfusion", "mid_dim": 2.5}, "mid_dim must be"),
