@@ -78,7 +78,9 @@ def read_adapter(source: str | Path) -> Adapter:
     try:
         config = json.loads((folder / CONFIG).read_text())
         model, layers = config["model"], {k: config_from_dict(v) for k, v in config["layers"].items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+    except ValueError as error:  # no JSON, or a mechanism's own words
+        raise ValueError(f"{folder / CONFIG} is not an adapter's config: {error}") from None
+    except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is not an adapter's config: {type(error).__name__} {error}.") from None
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -97,6 +99,18 @@ def _folder(source: str | Path) -> Path:
     except Exception as error:  # the Hub client raises many kinds, all meaning: not to be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{source} is no folder here, and the Hub does not give it: {reason}") from None
+
+
+def host_names(model: nn.Module) -> list[str]:
+    """The host's own parameters, by the names that they have without PEFT, which adds some beside its `base_layer`."""
+    wrapped = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    names = []
+    for name, _ in model.named_parameters():
+        parts = name.split(".")
+        below = [parts[i] for i in range(1, len(parts)) if ".".join(parts[:i]) in wrapped]
+        if "linfusion" not in parts and all(child == "base_layer" for child in below):
+            names.append(".".join(p for p in parts if p != "base_layer"))
+    return names
 
 
 def host_parameter(model: nn.Module, name: str) -> Tensor | None:

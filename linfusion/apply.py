@@ -85,9 +85,16 @@ def apply_adapter(pipe_or_model: Host, mechanism: Choice, layers: Layers, adapte
     for model, record in plans:
         if adapter is not None:
             adapter.check(model, {name: e.mechanism for name, e in record.entries.items()})
-    with _without_sequential_offload(pipe_or_model, [r for _, r in plans]):
-        for model, record in plans:
-            _replace(model, record, adapter)
+    parameters = any(_has_parameters(record) for _, record in plans)
+    done: list[tuple[nn.Module, Record | None]] = []
+    with _without_sequential_offload(pipe_or_model, parameters or bool(adapter and adapter.host)):
+        try:
+            for model, record in plans:
+                done.append((model, _replace(model, record, adapter)))
+        except BaseException:
+            for model, previous in done:
+                _put_back(model, previous)
+            raise
     return pipe_or_model
 
 
@@ -97,8 +104,10 @@ def restore(pipe_or_model: Host) -> Host:
     Returns:
         `pipe_or_model`; one that was never changed is left alone.
     """
-    for model in denoisers(pipe_or_model):
-        _detach(model)
+    models = denoisers(pipe_or_model)
+    with _without_sequential_offload(pipe_or_model):
+        for model in models:
+            _detach(model)
     return pipe_or_model
 
 
@@ -126,7 +135,8 @@ def attn_processors(model: Any, mechanism: Choice, *, layers: Layers = None) -> 
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_processor"):
         raise ValueError(f"{type(model).__name__} has no set_attn_processor; use linfusion.apply.")
     record = _plan(model, mechanism, layers)
-    _replace(model, record, None, set_processors=False)
+    with _without_sequential_offload(model, _has_parameters(record)):
+        _replace(model, record, None, set_processors=False)
     processors: Any = model.attn_processors
     return dict(processors) | {f"{name}.processor": entry.processor for name, entry in record.entries.items()}
 
@@ -246,8 +256,8 @@ def _host_of(name: str, hosts: dict[str, nn.Module]) -> str:
     return max(above, key=len)
 
 
-def _replace(model: nn.Module, record: Record, adapter: Adapter | None, set_processors: bool = True) -> None:
-    """Install a checked plan in place of what was applied before; on failure that stands again."""
+def _replace(model: nn.Module, record: Record, adapter: Adapter | None, set_processors: bool = True) -> Record | None:
+    """Install a checked plan in place of what was applied before, which is returned; on failure that stands again."""
     previous = _detach(model)
     try:
         _attach(model, record, set_processors)
@@ -256,11 +266,17 @@ def _replace(model: nn.Module, record: Record, adapter: Adapter | None, set_proc
                 entry.mechanism.load_state_dict(adapter.of_layer(name))
             record.originals = swap_host(model, adapter.host)
     except BaseException:
-        _detach(model)
-        if previous is not None:
-            _attach(model, previous)
-            previous.originals = swap_host(model, previous.originals)
+        _put_back(model, previous)
         raise
+    return previous
+
+
+def _put_back(model: nn.Module, previous: Record | None) -> None:
+    """Take off what is on; what `_detach` took off before stands again."""
+    _detach(model)
+    if previous is not None:
+        _attach(model, previous)
+        previous.originals = swap_host(model, previous.originals)
 
 
 def _attach(model: nn.Module, record: Record, set_processors: bool = True) -> None:
@@ -284,6 +300,7 @@ def _detach(model: nn.Module) -> Record | None:
     record = record_of(model)
     if record is None:
         return None
+    record.originals = swap_host(model, record.originals)  # first: it refuses before it changes anything
     for name, entry in record.entries.items():
         attn: Any = model.get_submodule(name)
         if "linfusion" in attn._modules:
@@ -297,7 +314,6 @@ def _detach(model: nn.Module) -> Record | None:
             del host._forward_pre_hooks[key]
             host._forward_pre_hooks_with_kwargs.pop(key, None)
         host.__dict__.pop(HOST, None)
-    record.originals = swap_host(model, record.originals)
     delattr(model, RECORD)
     return record
 
@@ -311,18 +327,26 @@ def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     shared.text, shared.text_first, shared.text_mask = layout.text, layout.text_first, layout.text_mask
 
 
+def _has_parameters(record: Record) -> bool:
+    return any(True for entry in record.entries.values() for _ in entry.mechanism.parameters())
+
+
 @contextmanager
-def _without_sequential_offload(pipe_or_model: Any, records: list[Record]) -> Iterator[None]:
-    """accelerate's per-layer offload hooks only the modules it finds: lift it while parameters are added."""
-    parameters = any(True for r in records for e in r.entries.values() for _ in e.mechanism.parameters())
-    offloaded = any(p.device.type == "meta" for m in denoisers(pipe_or_model) for p in m.parameters())
+def _without_sequential_offload(pipe_or_model: Any, parameters: bool = False) -> Iterator[None]:
+    """accelerate's per-layer offload keeps the values elsewhere: lift it while parameters are added or written.
+
+    `parameters` tells whether some are to come in; host parameters may have to go back in any case.
+    """
+    models = denoisers(pipe_or_model)
+    parameters = parameters or any(record.originals for m in models if (record := record_of(m)) is not None)
+    offloaded = any(p.device.type == "meta" for m in models for p in m.parameters())
     if not (parameters and offloaded):
         yield
         return
     if not hasattr(pipe_or_model, "enable_sequential_cpu_offload"):
         raise ValueError(
-            "The model is offloaded layer by layer, so a mechanism with parameters must go in before that: "
-            "apply it to the pipeline, or apply it first."
+            "The model is offloaded layer by layer, so parameters cannot be added or put back: "
+            "do this to the pipeline, or before the model is offloaded."
         )
     pipe_or_model.remove_all_hooks()
     try:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .apply import denoisers, record_of
 from .families import family_of
-from .families.base import Family, class_names
+from .families.base import Family, Processor, class_names
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def describe(pipe_or_model: Any) -> Description:
             layout = None if record is None else record.layouts.get(name)
             exact = 0.0 if layout is None else float(layout.tokens + layout.text) ** 2
             total += exact
-            if entry is None or attn.processor is not entry.processor:
+            if entry is None or not isinstance(attn.processor, Processor):
                 done += exact
                 reason = _reason(family, name, attn, targets, entry)
                 reports.append(LayerReport(prefix + name, None, None, None, 0, reason))
@@ -95,7 +95,7 @@ def describe(pipe_or_model: Any) -> Description:
             grid = None if layout.grid is None else tuple(int(n) for n in layout.grid)
             text = layout.text if family.joint and layout.tokens else None
             parameters = sum(p.numel() for p in entry.mechanism.parameters())
-            reports.append(LayerReport(prefix + name, repr(entry.mechanism.config), grid, text, parameters, "replaced"))
+            reports.append(LayerReport(prefix + name, str(entry.mechanism.config), grid, text, parameters, "replaced"))
             if layout.tokens:
                 done += entry.mechanism.pairs(grid or (layout.tokens,), layout.text)
     name = " + ".join(dict.fromkeys(type(m).__name__ for m in models))

@@ -11,8 +11,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from .adapter import CONFIG, WEIGHTS, host_parameter, read_adapter
+from .adapter import CONFIG, WEIGHTS, host_names, host_parameter, read_adapter
 from .apply import apply_adapter, denoisers, record_of
+from .families import family_of
 from .families.base import class_names
 from .version import __version__
 
@@ -28,6 +29,7 @@ def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None =
 
     Raises:
         ValueError: nothing is applied, more than one model is changed, or a pattern matches nothing.
+        NotImplementedError: the model is offloaded layer by layer.
     """
     changed = [(m, r) for m in denoisers(pipe_or_model) if (r := record_of(m)) is not None]
     if len(changed) != 1:
@@ -36,7 +38,7 @@ def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None =
     if host is None:
         names = list(record.originals)
     else:
-        known = [n.replace(".base_layer.", ".") for n, _ in model.named_parameters() if ".linfusion." not in n]
+        known = host_names(model)
         for pattern in host:
             if not any(fnmatchcase(n, pattern) for n in known):
                 raise ValueError(f"host={pattern!r} matches no parameter of the {type(model).__name__}.")
@@ -50,9 +52,13 @@ def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None =
     for layer, entry in record.entries.items():
         for name, value in entry.mechanism.state_dict().items():
             tensors[f"mechanism.{layer}.{name}"] = value.contiguous()
+    if any(value.device.type == "meta" for value in tensors.values()):
+        raise NotImplementedError(
+            "The model is offloaded layer by layer, its values are elsewhere: save first, or after remove_all_hooks()."
+        )
     config = {
         "linfusion_version": __version__,
-        "model": type(model).__name__,
+        "model": family_of(model).model,
         "layers": {layer: entry.mechanism.config.to_dict() for layer, entry in record.entries.items()},
     }
     folder = Path(folder)
@@ -82,6 +88,11 @@ def load(pipe_or_model: Any, source: str | Path) -> Any:
     if not models:
         have = ", ".join(type(m).__name__ for m in denoisers(pipe_or_model))
         raise ValueError(f"{adapter.source} was saved for a {adapter.model}, not for a {have}.")
+    known = {name for name, _ in family_of(models[0]).layers(models[0])}
+    if unknown := sorted(set(adapter.layers) - known):
+        raise ValueError(
+            f"{adapter.source} was saved for a {adapter.model} with a layer {unknown[0]!r}, which this one lacks."
+        )
     target = pipe_or_model if len(denoisers(pipe_or_model)) == 1 else models[0]
     apply_adapter(target, adapter.layers, None, adapter)
     return pipe_or_model

@@ -35,6 +35,21 @@ def size_multiple(pipe: Any) -> int:
     return factor * (2 if packs else int(patch))
 
 
+def call_defaults(pipe: Any) -> dict[str, Any]:
+    """Arguments that the pipeline's call takes, with their defaults; `**kwargs` are those of the class above."""
+    known: dict[str, Any] = {}
+    for cls in type(pipe).__mro__:
+        if "__call__" not in vars(cls):
+            continue
+        parameters = inspect.signature(cls.__call__).parameters.values()
+        for p in parameters:
+            if p.kind is not p.VAR_KEYWORD:
+                known.setdefault(p.name, p.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return known
+
+
 def generate(
     pipe: Any,
     prompt: str,
@@ -75,7 +90,7 @@ def generate(
         "height": size, "width": size, "num_inference_steps": steps, "guidance_scale": guidance,
         "generator": torch.Generator("cpu").manual_seed(seed), "callback_on_step_end": mark,
     }  # fmt: skip
-    known = inspect.signature(pipe.__call__).parameters
+    known = call_defaults(pipe)
     if "callback_on_step_end" not in known:
         raise ValueError(f"{type(pipe).__name__} has no callback_on_step_end, which timing and progress need.")
     for name in ("height", "guidance_scale"):

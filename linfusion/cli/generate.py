@@ -54,18 +54,22 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         remarks.print(f"The embedded model has never seen: {', '.join(unknown)}.", style="yellow")
 
+    adapter = None
     if args.adapter is not None:  # fits or fails before anything slow starts
+        adapter = read_adapter(args.adapter)
         load(pipe, args.adapter)
         if args.untrained:
-            restore(pipe)
-            apply(pipe, read_adapter(args.adapter).layers)
+            apply(restore(pipe), adapter.layers)
     elif config is not None:
         apply(pipe, config)
     changed = config is not None or args.adapter is not None
     label = _label(args, config)
+    name = config.name if config is not None else None
+    if adapter is not None:
+        name = "+".join(dict.fromkeys(c.name for c in adapter.layers.values()))
 
-    def draw(name: str, steps: int | None = args.steps) -> Picture:
-        with _progress(remarks, name, steps or _default_steps(pipe)) as on_step:
+    def draw(title: str, steps: int | None = args.steps) -> Picture:
+        with _progress(remarks, title, steps or _default_steps(pipe)) as on_step:
             return generate(
                 pipe, args.prompt, size=args.size, steps=steps, guidance=args.guidance, seed=args.seed, on_step=on_step
             )
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
     quality = None if original is None else psnr(original.image, picture.image)
     figures = {
-        "mechanism": label if changed else None,
+        "mechanism": name,
         "layers": report.replaced if report else 0,
         "attention_work_left": report.attention_work_left if report else 1.0,
         "seconds_per_step": picture.seconds_per_step,
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(figures))
     else:
-        Console().print(_table(figures, quality))
+        Console().print(_table(label, figures, quality))
     return 0
 
 
@@ -110,7 +114,7 @@ def _check(args: argparse.Namespace, changed: bool) -> None:
         raise ValueError("The prompt is empty; say what to draw.")
     if not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out: the folder {args.out.absolute().parent} does not exist.")
-    if args.out.is_dir() or args.out.suffix.lower() not in Image.registered_extensions():
+    if args.out.is_dir() or Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {args.out} must be an image file, such as out.png.")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {args.steps}.")
@@ -127,13 +131,13 @@ def _check(args: argparse.Namespace, changed: bool) -> None:
 def _label(args: argparse.Namespace, config: Any) -> str:
     if args.adapter is not None:
         return f"{Path(args.adapter).name}{', untrained' if args.untrained else ''}"
-    return repr(config) if config is not None else "original"
+    return str(config) if config is not None else "original"
 
 
 def _default_steps(pipe: Any) -> int:
-    import inspect
+    from ..pipelines.generate import call_defaults
 
-    default = inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
+    default = call_defaults(pipe).get("num_inference_steps")
     return default if isinstance(default, int) else 50
 
 
@@ -154,17 +158,17 @@ def _progress(console: Any, name: str, steps: int) -> Iterator[Callable[[int], N
         yield lambda done: bar.update(task, completed=done)
 
 
-def _table(figures: dict[str, Any], quality: float | None) -> Any:
+def _table(label: str, figures: dict[str, Any], quality: float | None) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{figures['out']}, {figures['size']} x {figures['size']} pixels")
     for column in ("attention", "layers replaced", "attention work left", "seconds a step", "PSNR against original"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     if figures["original_seconds_per_step"] is not None:
         table.add_row("original", "0", "100.0 %", f"{figures['original_seconds_per_step']:.4f}", "-")
     work = figures["attention_work_left"]
     table.add_row(
-        figures["mechanism"] or "original",
+        label,
         str(figures["layers"]),
         "-" if work is None else f"{work:.1%}".replace("%", " %"),
         f"{figures['seconds_per_step']:.4f}",

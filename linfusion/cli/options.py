@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def add_mechanism_options(parser: argparse.ArgumentParser) -> None:
 
 def chosen_mechanism(args: argparse.Namespace) -> MechanismConfig | None:
     """The config that --mechanism and its settings ask for, None without --mechanism."""
-    settings = {k.removeprefix("set_"): _value(v) for k, v in vars(args).items() if k.startswith("set_") and v}
+    given = {k.removeprefix("set_"): v for k, v in vars(args).items() if k.startswith("set_")}
+    settings = {k: _value(v) for k, v in given.items() if v is not None}
     if args.adapter is not None:
         if args.mechanism is not None or settings:
             raise ValueError("--adapter brings its own mechanism and settings; give one or the other.")
@@ -98,7 +100,8 @@ def load_pipeline(args: argparse.Namespace) -> Any:
         try:
             pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype)
         except Exception as error:  # loading fails in as many ways as there are broken folders
-            raise ValueError(f"--model {args.model} cannot be loaded: {str(error).splitlines()[0]}") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"--model {args.model} cannot be loaded: {reason}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -113,6 +116,7 @@ def _best_device() -> str:
 
 def _quiet() -> None:
     """Loading bars and advice of the host libraries are theirs, not this command's."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers")
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

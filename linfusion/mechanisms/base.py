@@ -31,6 +31,13 @@ class MechanismConfig:
         """JSON-ready settings, with the name."""
         return {"name": self.name, **dataclasses.asdict(self)}
 
+    def __str__(self) -> str:
+        """As one would write it: settings at their defaults are left out."""
+        given = [
+            (f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})"
+
 
 class Mechanism(nn.Module):
     """A layer's attention. Lives at `attention_layer.linfusion`, so that the host's own hooks reach its parameters.

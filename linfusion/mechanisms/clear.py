@@ -32,7 +32,7 @@ class CLEAR(MechanismConfig):
         if isinstance(self.radius, list):
             object.__setattr__(self, "radius", tuple(self.radius))
         check_radius(self.radius)
-        if not isinstance(self.pool, int) or self.pool < 1:
+        if isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1:
             raise ValueError(f"pool must be a whole number of tokens, 1 for none, got {self.pool!r}.")
 
     def build(self, site: Site) -> Mechanism:

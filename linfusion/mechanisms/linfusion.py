@@ -29,10 +29,11 @@ class LinFusion(MechanismConfig):
     eps: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.mid_dim is not None and (not isinstance(self.mid_dim, int) or self.mid_dim < 1):
-            raise ValueError(f"mid_dim must be a positive number of channels or None, got {self.mid_dim!r}.")
-        if not self.eps >= 0:
-            raise ValueError(f"eps must not be negative, got {self.eps!r}.")
+        mid = self.mid_dim
+        if mid is not None and (isinstance(mid, bool) or not isinstance(mid, int) or mid < 1):
+            raise ValueError(f"mid_dim must be a positive number of channels or None, got {mid!r}.")
+        if not isinstance(self.eps, (int, float)) or not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps must be a number, not negative, got {self.eps!r}.")
 
     def build(self, site: Site) -> Mechanism:
         return LinFusionAttention(self, site)

@@ -164,7 +164,7 @@ def test_a_rotation_of_the_image_leaves_the_text():
         ({"name": "clear", "radius": 4, "window": 3}, "has no setting window"),
         ({"name": "linfusion", "mid_dim": 0}, "mid_dim must be"),
         ({"name": "linfusion", "mid_dim": 2.5}, "mid_dim must be"),
-        ({"name": "linfusion", "eps": -1}, "eps must not be negative"),
+        ({"name": "linfusion", "eps": -1}, "eps must be a number"),
     ],
     ids=str,
 )

@@ -1,0 +1,56 @@
+"""The text-to-image model that ships inside the package: 256 x 256 3D emoji from their names, no network."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, FluxPipeline
+
+from linfusion.demos.emoji.text import MAX_TOKENS, UNKNOWN_ID
+
+_MODELS = Path(__file__).parent / "models"
+_DEFAULTS = {
+    "height": 256,
+    "width": 256,
+    "num_inference_steps": 28,
+    "guidance_scale": 3.0,
+    "max_sequence_length": MAX_TOKENS,
+}
+
+
+class EmojiFluxPipeline(FluxPipeline):
+    """FluxPipeline with the defaults of this model: 256 x 256 pixels, 28 steps, guidance 3, 16 text tokens.
+
+    Guidance between 1 and 5 is distilled into the model: one forward pass a step, whatever `guidance_scale`.
+    """
+
+    def __call__(self, prompt: str | list[str] | None = None, **kwargs: Any) -> Any:
+        """Draw. Takes every argument of `FluxPipeline.__call__`, by name; see the class for the defaults."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return super().__call__(prompt, **{**_DEFAULTS, **given})
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of `prompt` that the model never saw; it draws as if anything could stand in their place."""
+        backend = self.tokenizer.backend_tokenizer
+        text = backend.normalizer.normalize_str(prompt)
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [word for word in words if self.tokenizer.convert_tokens_to_ids(word) == UNKNOWN_ID]
+
+
+_PIPELINES: dict[str, type[DiffusionPipeline]] = {"emoji-flux": EmojiFluxPipeline}
+
+
+def demo_pipeline(name: str = "emoji-flux", **kwargs: Any) -> DiffusionPipeline:
+    """Open an embedded model, in fp32 on the CPU unless told otherwise.
+
+    Args:
+        name: which one; `emoji-flux` so far.
+        **kwargs: for `from_pretrained`, such as `torch_dtype`; `dtype` is taken as another name for it.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name not in _PIPELINES:
+        raise ValueError(f"unknown embedded model {name!r}; available: {', '.join(sorted(_PIPELINES))}")
+    if "dtype" in kwargs:
+        kwargs["torch_dtype"] = kwargs.pop("dtype")
+    return _PIPELINES[name].from_pretrained(_MODELS / name, local_files_only=True, **kwargs)

@@ -1,0 +1,1 @@
+"""How `emoji-flux` was made: data, models, the three training stages, export and measurement."""

@@ -1,0 +1,61 @@
+"""Trained modules to an ordinary diffusers folder, in bf16 safetensors."""
+
+import json
+import os
+import shutil
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from linfusion.demos.emoji.models import Denoiser, build_scheduler
+
+# the class that is there in transformers 4 and 5; 5 would write its own new name for it
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+
+
+def build_pipeline(denoiser: Denoiser, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast) -> FluxPipeline:
+    """The modules as a FluxPipeline; both text encoders share one tokenizer."""
+    return FluxPipeline(
+        scheduler=build_scheduler(),
+        vae=vae,
+        text_encoder=denoiser.text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=denoiser.text_encoder_2,
+        tokenizer_2=deepcopy(tokenizer),
+        transformer=denoiser.transformer,
+    )
+
+
+def export(denoiser: Denoiser, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """Write `folder` so that `FluxPipeline.from_pretrained(folder)` opens it; an older one is replaced whole."""
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    # copies: the cast to bf16 is for the files alone
+    vae = deepcopy(vae).bfloat16().to("cpu", memory_format=torch.contiguous_format)
+    pipe = build_pipeline(deepcopy(denoiser).bfloat16().cpu(), vae, tokenizer)
+    pipe.save_pretrained(part, safe_serialization=True)
+    _edit(part / "model_index.json", lambda index: {**index, **_tokenizer_entries()})
+    for name in ("tokenizer", "tokenizer_2"):
+        _edit(part / name / "tokenizer_config.json", lambda config: {**config, "tokenizer_class": _TOKENIZER_CLASS})
+    for name in ("text_encoder", "text_encoder_2"):
+        # transformers 5 loads in this dtype when asked for none, diffusers in fp32: the two must agree
+        _edit(part / name / "config.json", lambda config: {**config, "dtype": "float32"})
+    # transformers 5 dropped this prefix of CLIP's parameters but still reads it; 4 needs it
+    clip = part / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(clip).items()}
+    save_file(weights, clip, metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    return folder
+
+
+def _tokenizer_entries() -> dict[str, list[str]]:
+    return {name: ["transformers", _TOKENIZER_CLASS] for name in ("tokenizer", "tokenizer_2")}
+
+
+def _edit(path: Path, change) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2) + "\n")

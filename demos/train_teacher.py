@@ -1,0 +1,166 @@
+"""Train `emoji-flux` on one GPU: `python -m linfusion.demos.train_teacher --data FOLDER_OR_TGZ --output DIR`."""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+
+from linfusion.demos.emoji import evaluate
+from linfusion.demos.emoji.data import EmojiData, load_data
+from linfusion.demos.emoji.export import export
+from linfusion.demos.emoji.flow import Examples, train_flow
+from linfusion.demos.emoji.guidance import train_guidance
+from linfusion.demos.emoji.loop import Length, write_json
+from linfusion.demos.emoji.models import TINY, Denoiser, Sizes, pack
+from linfusion.demos.emoji.sheets import UNSEEN, sheet
+from linfusion.demos.emoji.text import build_tokenizer
+from linfusion.demos.emoji.vae import encode_all, normalise_latents, psnr, set_normalisation, train_vae
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("vae", "flow", "guidance", "export", "evaluate")
+MODEL = "emoji-flux"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = _parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        return _run(args)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m linfusion.demos.train_teacher",
+        description="Train emoji-flux. Stop it at any time; the same command goes on from the last checkpoint.",
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder or .tgz of the pictures (demos/README.md)")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoints, the exported model, figures, sheets")
+    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    for stage, steps, batch in (("vae", 1800, 32), ("flow", 12500, 256), ("guidance", 1500, 256)):
+        parser.add_argument(f"--steps-{stage}", type=int, default=steps, help="(default %(default)s)")
+        parser.add_argument(
+            f"--minutes-{stage}", type=float, help="as many steps as fit, by the speed of the first ones"
+        )
+        parser.add_argument(f"--batch-{stage}", type=int, default=batch, help="(default %(default)s)")
+    parser.add_argument("--captions", type=int, default=512, help="for the final retrieval (default %(default)s)")
+    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="write a checkpoint and leave after these")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile (always so on a CPU)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="of activations (bf16 on a GPU, fp32 on a CPU)")
+    parser.add_argument("--tiny", action="store_true", help="a toy model on 64 x 64 pixels: seconds on a CPU")
+    return parser.parse_args(argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.device.startswith("cuda"):
+        # torch 2.11 on an H100: the cuDNN backend of attention crashes in the backward pass at 272 tokens
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cudnn.benchmark = True
+    sizes = TINY if args.tiny else Sizes()
+    deadline = time.monotonic() + args.stop_after if args.stop_after else None
+    data = load_data(args.data, sizes.image).to(args.device)
+    logger.info("%d pictures, %d captions", len(data), len(set(data.captions)))
+    wanted = STAGES if args.stage == "all" else (args.stage,)
+    args.output.mkdir(parents=True, exist_ok=True)
+    if wanted != ("evaluate",) and not _train(args, data, sizes, wanted, deadline):
+        logger.info("stopped early; the same command goes on from here")
+        return 0
+    if "evaluate" in wanted:
+        _evaluate(args, data)
+    return 0
+
+
+def _train(
+    args: argparse.Namespace, data: EmojiData, sizes: Sizes, wanted: tuple[str, ...], deadline: float | None
+) -> bool:
+    """Every stage up to the last one wanted; a finished stage only loads its result. False if stopped early."""
+    torch.manual_seed(0)  # initial weights; the steps draw from their own generators
+    gpu = args.device.startswith("cuda")
+    bf16 = args.precision == "bf16" or (gpu and args.precision is None)
+    common = {"compile": gpu and not args.no_compile, "bf16": bf16, "deadline": deadline}
+
+    def settings(stage: str, decay: float) -> dict:
+        values = vars(args)
+        minutes = values[f"minutes_{stage}"]
+        steps = None if minutes else values[f"steps_{stage}"]
+        length = Length(steps, minutes, warmup=min(200, 1 + (steps or 1000) // 5), decay=decay)
+        return {"folder": args.output, "length": length, "batch": values[f"batch_{stage}"], **common}
+
+    vae = train_vae(data, sizes, **settings("vae", 0.6))
+    if vae is None:
+        return False
+    latents = encode_all(vae, data)
+    set_normalisation(vae, latents)
+    if wanted == ("vae",):
+        return True
+
+    tokenizer = build_tokenizer(data.captions)
+    denoiser = Denoiser(sizes, len(tokenizer)).to(args.device)
+    examples = Examples(data, pack(normalise_latents(vae, latents)), tokenizer)
+    report = evaluate.training_report(denoiser, vae, data, examples, distilled=False, bf16=bf16)
+    if not train_flow(denoiser, examples, report=report, **settings("flow", 0.4)):
+        return False
+    if wanted == ("flow",):
+        return True
+
+    report = evaluate.training_report(denoiser, vae, data, examples, distilled=True, bf16=bf16)
+    if not train_guidance(denoiser, examples, report=report, **settings("guidance", 0.8)):
+        return False
+    if "export" in wanted:
+        logger.info("wrote %s", export(denoiser, vae, tokenizer, args.output / MODEL))
+    return True
+
+
+def _evaluate(args: argparse.Namespace, data: EmojiData) -> None:
+    """Figures and sheets of the exported folder, as shipped: bf16 weights, fp32 arithmetic."""
+    folder = args.output / MODEL
+    if not folder.is_dir():
+        raise ValueError(f"no exported model in {folder}; run --stage export first")
+    pipe = FluxPipeline.from_pretrained(folder).to(args.device)
+    captions = evaluate.choose_captions(data, args.captions)
+    copied = evaluate.retrieved(_copies(pipe.vae, data), data.captions, evaluate.data_thumbnails(data), data.captions)
+    figures = {
+        "pictures": len(data),
+        "vae_psnr_db": psnr(pipe.vae, data),
+        "retrieval_of_vae_copies": sum(copied) / len(copied),
+        "captions": len(captions),
+        "retrieval": {
+            f"guidance {scale:g}": evaluate.retrieval(pipe, data, captions, guidance=scale)
+            for scale in (3.0, 1.0, 2.0, 5.0)
+        },
+        "parameters": {
+            name: sum(p.numel() for p in module.parameters())
+            for name, module in pipe.components.items()
+            if isinstance(module, torch.nn.Module)
+        },
+        "bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+    }
+    logger.info("%s", figures)
+    write_json(args.output / "figures.json", figures)
+    shown = captions[:32]
+    originals = data.pixels(torch.tensor([data.captions.index(caption) for caption in shown]))
+    sheet([originals, evaluate.draw(pipe, shown)], shown, args.output / "emoji-dataset.png")
+    sheet([evaluate.draw(pipe, UNSEEN)], UNSEEN, args.output / "emoji-unseen.png", side=128)
+
+
+def _copies(vae: AutoencoderKL, data: EmojiData, batch: int = 64) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat(
+            [
+                evaluate.thumbnails(vae.decode(vae.encode(data.pixels(slice(i, i + batch))).latent_dist.mean).sample)
+                for i in range(0, len(data), batch)
+            ]
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Where each host's token grid comes from, and what is refused when it cannot be told."""
+
+import pytest
+import torch
+
+import linfusion as lf
+
+from ..models import TEXT, TINY, flux_ids, forward, gap, noise
+
+
+def grids(model) -> set:
+    return {r.grid for r in lf.describe(model).layers if r.mechanism}
+
+
+def test_grids_are_the_hosts_own(tiny, model):
+    lf.apply(model, lf.CLEAR(radius=2))
+    assert grids(model) == {None}
+    for grid in ((6, 9), (9, 4), (1, 3), (18, 26)):
+        forward(model, tiny.inputs(*grid))
+        halved = {((grid[0] + 1) // 2, (grid[1] + 1) // 2)} if tiny.family.startswith("UNet") else set()
+        assert grids(model) == {grid} | halved
+
+
+def test_sizes_with_equally_many_tokens(tiny, model):
+    """8 x 8 then 4 x 16 then 16 x 4: nothing is remembered by length."""
+    fresh = [forward(lf.apply(tiny.build(), lf.CLEAR(3)), tiny.inputs(*g)) for g in ((8, 8), (4, 16), (16, 4))]
+    lf.apply(model, lf.CLEAR(3))
+    for grid, want in zip(((8, 8), (4, 16), (16, 4)), fresh, strict=True):
+        assert torch.equal(forward(model, tiny.inputs(*grid)), want)
+
+
+def test_arguments_by_position(tiny, model, inputs):
+    """Hosts may be called with positional arguments, in the order of their signatures."""
+    lf.apply(model, lf.CLEAR(3))
+    want = forward(model, inputs)
+    first, *rest = inputs
+    with torch.no_grad():
+        assert torch.equal(model(inputs[first], **{k: inputs[k] for k in rest}, return_dict=False)[0], want)
+
+
+def test_flux_positional_ids():
+    model, inputs = lf.apply(TINY["flux"].build(), lf.CLEAR(3)), TINY["flux"].inputs(6, 9)
+    with torch.no_grad():
+        out = model(*inputs.values(), return_dict=False)[0]
+    assert torch.equal(out, forward(model, inputs))
+
+
+@pytest.mark.parametrize("grid", [(1, 320), (320, 1), (3, 302), (302, 3), (2, 257), (257, 2)], ids=str)
+def test_flux_ids_in_bf16_lose_whole_numbers(grid):
+    """Pipelines hand ids over in the model's dtype, and bf16 has no 257: beyond 4096 pixels ids repeat and skip."""
+    model, inputs = lf.apply(TINY["flux"].build(), lf.CLEAR(2)), TINY["flux"].inputs(*grid)
+    forward(model, inputs | {"img_ids": flux_ids(*grid).bfloat16()})
+    assert grids(model) == {grid}
+
+
+def test_flux_ids_with_an_offset_or_a_batch():
+    model, inputs = lf.apply(TINY["flux"].build(), lf.CLEAR(3)), TINY["flux"].inputs(6, 9)
+    want = forward(model, inputs)
+    moved = inputs["img_ids"] + torch.tensor([0.0, 5.0, 7.0])
+    assert gap(forward(model, inputs | {"img_ids": moved}), want) < 1.0  # RoPE moves with them, the grid does not
+    assert grids(model) == {(6, 9)}
+    batched = {"img_ids": inputs["img_ids"][None], "txt_ids": inputs["txt_ids"][None]}  # the old form
+    assert torch.equal(forward(model, inputs | batched), want)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.cat((flux_ids(6, 9), flux_ids(6, 9, frame=1))),
+        torch.cat((flux_ids(8, 8), flux_ids(16, 4, frame=1))),  # the box around both has as many tokens as both have
+        torch.cat((flux_ids(4, 2), flux_ids(2, 4, frame=1))),
+        torch.cat((flux_ids(6, 9), flux_ids(2, 2))),
+    ],
+    ids=["same-size", "other-size", "box-fits", "same-frame"],
+)
+def test_reference_images_in_the_sequence_are_refused(ids):
+    """FLUX Kontext: a second image stands behind the first, and no single grid describes both."""
+    model, tokens = TINY["flux"].build(), len(ids)
+    inputs = TINY["flux"].inputs(1, tokens) | {"img_ids": ids}
+    stock = forward(model, inputs)
+    lf.apply(model, lf.CLEAR(3))
+    with pytest.raises(ValueError, match=r"img_ids.*Kontext"):
+        forward(model, inputs)
+    lf.apply(model, lf.Softmax())  # needs no grid
+    assert torch.equal(forward(model, inputs), stock)
+    lf.apply(model, lf.LinFusion())  # neither does this
+    assert forward(model, inputs).isfinite().all()
+
+
+def test_a_layer_called_on_its_own_is_refused(tiny, model, inputs):
+    """The layout is read where the whole host is called: without it the answer would be silently wrong."""
+    for config in (lf.CLEAR(3), lf.LinFusion()):
+        lf.apply(model, config)
+        name = next(r.layer for r in lf.describe(model).layers if r.mechanism)
+        attn = model.get_submodule(name)
+        width = attn.linfusion.site.width
+        given = {"hidden_states": noise(2, 54, width)}
+        if lf.families()[tiny.family].joint:
+            given["encoder_hidden_states"] = noise(2, TEXT, width)
+        elif isinstance(config, lf.LinFusion):
+            continue  # linear attention over picture tokens alone needs no layout
+        with pytest.raises(ValueError, match="called on its own"):
+            attn(**given)
+
+
+def test_a_processor_without_its_mechanism_says_so(model, inputs):
+    lf.apply(model, lf.CLEAR(3))
+    name = next(r.layer for r in lf.describe(model).layers if r.mechanism)
+    del model.get_submodule(name).linfusion
+    with pytest.raises(RuntimeError, match="no mechanism"):
+        forward(model, inputs)

@@ -1,0 +1,141 @@
+"""The most valuable tests here: `Softmax`, which runs through `AttnCall` like any mechanism, is the stock model.
+
+Bit for bit, on the oldest and the newest supported diffusers: what drifts in the host shows up here first.
+"""
+
+import math
+
+import pytest
+import torch
+
+import linfusion as lf
+from linfusion.call import AttnCall
+
+from ..models import TEXT, TINY, Tiny, forward, gap, make_unet, noise, processors, unet_inputs
+
+pytestmark = pytest.mark.parity
+
+PROCESSORS = ("AttnProcessor2_0", "FluxAttnProcessor")
+"""What diffusers runs on its own."""
+
+
+def test_every_family_has_a_tiny_host():
+    missing = set(lf.families()) - {t.family for t in TINY.values()}
+    assert not missing, f"add a tiny {', '.join(missing)} to tests/models.py"
+
+
+def test_the_hosts_really_attend(model, inputs):
+    """Were attention invisible in the output, equality would prove nothing: every layer alone must matter."""
+    stock = forward(model, inputs)
+    for name in replaced(lf.apply(model, lf.CLEAR(radius=1))):
+        lf.apply(model, lf.CLEAR(radius=1), layers=name)
+        assert gap(forward(model, inputs), stock) > 1e-2, name
+
+
+@pytest.mark.parametrize("grid", [(6, 9), (9, 5), (8, 8), (18, 26)], ids=str)
+def test_softmax_is_the_stock_model(tiny, grid):
+    model, inputs = tiny.build(), tiny.inputs(*grid)
+    stock = forward(model, inputs)
+    lf.apply(model, lf.Softmax())
+    assert torch.equal(forward(model, inputs), stock)
+
+
+def test_every_call_goes_through_the_mechanism(tiny, model, inputs, monkeypatch):
+    """Each self-attention layer once a forward, as an `AttnCall`; the stock processor never runs there."""
+    calls, stock = {}, {}
+
+    def record(mechanism, args, out):
+        calls.setdefault(mechanism.site.name, []).append((*args, out))
+
+    for cls in {type(p) for p in processors(model).values()}:
+        assert cls.__name__ in PROCESSORS
+        real = cls.__call__
+        monkeypatch.setattr(
+            cls,
+            "__call__",
+            lambda self, attn, *a, _real=real, **k: stock.update({attn: 1}) or _real(self, attn, *a, **k),
+        )
+    # CLEAR on one layer: some mechanism needs the grid, so every layer's is read
+    lf.apply(model, {tiny.some: lf.CLEAR(radius=100), "*": lf.Softmax()})
+    layers = replaced(model)
+    assert len(layers) == tiny.layers
+    for name in layers:
+        model.get_submodule(name).linfusion.register_forward_hook(record)
+    forward(model, inputs)
+    forward(model, inputs)
+    assert calls.keys() == set(layers) and all(len(c) == 2 for c in calls.values())
+    assert not {n for n in layers if model.get_submodule(n) in stock}
+    joint = lf.families()[tiny.family].joint
+    grids = set()
+    for name, ((call, out), _) in calls.items():
+        attn = model.get_submodule(name)
+        assert isinstance(call, AttnCall)
+        assert call.q.shape == call.k.shape == call.v.shape == out.shape
+        assert call.q.shape[0] == 2 and call.q.shape[2:] == (attn.linfusion.site.heads, attn.linfusion.site.head_dim)
+        assert attn.linfusion.site.width == attn.to_q.in_features and attn.linfusion.site.name == name
+        assert call.text == (TEXT if joint else 0)
+        assert call.q.shape[1] == math.prod(call.grid) + call.text
+        assert (call.rope is not None) == (call.norms is not None) == joint
+        grids.add(call.grid)
+    assert grids == ({(6, 9), (3, 5)} if tiny.family.startswith("UNet") else {(6, 9)})
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["plain", "guided"])
+def test_softmax_is_the_stock_pipeline(tiny, guidance):
+    """With and without guidance, which doubles the batch or runs the model twice a step."""
+    pipe = tiny.build_pipeline()
+    stock = tiny.draw(pipe, guidance)
+    assert lf.apply(pipe, lf.Softmax()) is pipe
+    assert torch.equal(tiny.draw(pipe, guidance), stock)
+    lf.apply(pipe, lf.CLEAR(radius=2))
+    assert gap(tiny.draw(pipe, guidance), stock) > 1e-2
+    lf.restore(pipe)
+    assert torch.equal(tiny.draw(pipe, guidance), stock)
+
+
+def masked_unet() -> tuple[torch.nn.Module, dict]:
+    """Attention at one resolution only: a mask of the latents' tokens fits no other."""
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    tiny = Tiny("UNet2DConditionModel", lambda: make_unet(**blocks), unet_inputs, 4, "*", None, None)
+    keep = noise(2, 6 * 9) > -0.5
+    return tiny.build(), tiny.inputs(12, 18) | {"attention_mask": keep}
+
+
+def masked_pixart() -> tuple[torch.nn.Module, dict]:
+    tiny = TINY["pixart"]
+    return tiny.build(), tiny.inputs(6, 9) | {"attention_mask": (noise(2, 6 * 9) > -0.5).float()}
+
+
+@pytest.mark.parametrize("make", [masked_unet, masked_pixart])
+def test_a_mask_is_honoured_or_refused(make):
+    model, inputs = make()
+    stock = forward(model, inputs)
+    unmasked = forward(model, {k: v for k, v in inputs.items() if k != "attention_mask"})
+    assert gap(stock, unmasked) > 1e-2
+    lf.apply(model, lf.Softmax())
+    assert torch.equal(forward(model, inputs), stock)
+    for config in (lf.CLEAR(radius=100), lf.LinFusion()):
+        lf.apply(model, config)
+        with pytest.raises(ValueError, match=r"attn1.*cannot honour an attention mask"):
+            forward(model, inputs)
+
+
+def test_cross_attention_masks_stay_the_hosts(tiny):
+    """The padding of the prompt is cross-attention's business: no mechanism refuses it."""
+    if tiny.family == "FluxTransformer2DModel":
+        pytest.skip("FLUX has no cross-attention")
+    model = tiny.build()
+    keep = torch.tensor([[1] * TEXT, [1] * 3 + [0] * (TEXT - 3)])
+    inputs = tiny.inputs(6, 9) | {"encoder_attention_mask": keep}
+    stock = forward(model, inputs)
+    lf.apply(model, lf.Softmax())
+    assert torch.equal(forward(model, inputs), stock)
+    lf.apply(model, lf.CLEAR(radius=100))
+    torch.testing.assert_close(forward(model, inputs), stock, atol=1e-5, rtol=1e-5)
+
+
+def replaced(model) -> list[str]:
+    return [r.layer for r in lf.describe(model).layers if r.mechanism]

@@ -1,0 +1,390 @@
+"""The command line, on tiny pipelines saved to disk: what goes where, what comes out, and one line for each mistake."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
+from PIL import Image
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+import linfusion as lf
+from linfusion.cli import main
+
+from .models import TINY, ddim
+
+FIGURES = {
+    "mechanism", "layers", "attention_work_left", "seconds_per_step", "psnr", "original_seconds_per_step", "size", "out"
+}  # fmt: skip
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "red", "green", "apple"])}
+    raw = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, model_max_length=8, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def clip(width: int) -> CLIPTextModel:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=6, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=1.0,
+    )  # fmt: skip
+    return CLIPTextModel(config).eval()
+
+
+def vae() -> AutoencoderKL:
+    """Factor 8, as the real ones."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        mid_block_add_attention=False, scaling_factor=1.0, shift_factor=0.0,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-sd")
+    StableDiffusionPipeline(
+        vae=vae(), text_encoder=clip(16), tokenizer=tokenizer(), unet=TINY["unet-sd15"].build(), scheduler=ddim(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-flux")
+    torch.manual_seed(0)
+    t5 = T5Config(vocab_size=6, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    FluxPipeline(
+        vae=vae(), text_encoder=clip(24), tokenizer=tokenizer(), text_encoder_2=T5EncoderModel(t5).eval(),
+        tokenizer_2=tokenizer(), transformer=TINY["flux"].build(), scheduler=FlowMatchEulerDiscreteScheduler(),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(params=["sd", "flux"])
+def folder(request) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """`run(*arguments) -> exit code, standard output, standard error`, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # tables do not break words
+
+    def call(*arguments):
+        code = main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def draw(folder, *more):
+    return ["generate", "red apple", "--model", folder, "--size", 64, "--steps", 3, "--device", "cpu", *more]
+
+
+def test_a_picture(run, folder):
+    code, out, err = run(*draw(folder))
+    assert code == 0
+    image = Image.open("out.png")
+    assert image.size == (64, 64) and image.mode == "RGB"
+    assert np.asarray(image).std() > 1
+    assert "out.png, 64 x 64 pixels" in out and "original" in out
+    assert "3/3" in err and "original" in err  # the bar
+
+
+def test_compare_as_json(run, folder):
+    code, out, err = run(*draw(folder, "--mechanism", "clear", "--radius", 2, "--compare", "--json", "--out", "a.png"))
+    assert code == 0
+    assert out.count("\n") == 1  # one object, one line, nothing else
+    figures = json.loads(out)
+    assert figures.keys() == FIGURES
+    assert figures["mechanism"] == "clear"
+    assert figures["layers"] == 4
+    assert 0 < figures["attention_work_left"] < 1
+    assert figures["seconds_per_step"] > 0 and figures["original_seconds_per_step"] > 0
+    assert 0 < figures["psnr"] < 60
+    assert figures["size"] == 64 and figures["out"] == "a.png"
+    assert "warm-up" in err and "original" in err and str(lf.CLEAR(2)) in err and "3/3" in err
+    width, height = Image.open("a.png").size
+    assert width == 128 and height > 64  # two pictures over their labels
+
+
+def test_the_pictures_of_a_comparison(run, folder):
+    """The original is the untouched pipeline: both halves are what each draws alone, and the PSNR is theirs."""
+    settings = ["--mechanism", "clear", "--radius", 2]
+    figures = json.loads(run(*draw(folder, *settings, "--compare", "--json", "--out", "both.png"))[1])
+    run(*draw(folder, *settings, "--out", "replaced.png"))
+    run(*draw(folder, "--out", "original.png"))
+    both, replaced, original = (
+        np.asarray(Image.open(f"{n}.png").convert("RGB")) for n in ("both", "replaced", "original")
+    )
+    assert (both[:64, :64] == original).all() and (both[:64, 64:] == replaced).all()
+    error = ((original.astype(float) - replaced) ** 2).mean()
+    assert figures["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-6)
+
+
+def test_compare_as_a_table(run, flux):
+    code, out, _ = run(*draw(flux, "--mechanism", "clear", "--radius", 2, "--compare"))
+    assert code == 0
+    text = " ".join(out.split())
+    for part in ("attention", "layers replaced", "work left", "seconds", "PSNR", "original", "100.0 %", "dB"):
+        assert part in text, part
+    assert "CLEAR" in text
+
+
+def test_exact_attention_is_identical(run, flux):
+    arguments = draw(flux, "--mechanism", "softmax", "--compare")
+    figures = json.loads(run(*arguments, "--json")[1])
+    assert figures["psnr"] is None and figures["attention_work_left"] == 1.0
+    assert "identical" in run(*arguments)[1]
+
+
+def test_json_without_comparison(run, flux):
+    figures = json.loads(run(*draw(flux, "--json"))[1])
+    assert figures.keys() == FIGURES
+    assert (figures["mechanism"], figures["layers"], figures["attention_work_left"]) == (None, 0, 1.0)
+    assert figures["psnr"] is None and figures["original_seconds_per_step"] is None
+
+
+def test_the_seed_decides(run, sd):
+    for seed, name in ((1, "a"), (1, "b"), (2, "c")):
+        assert run(*draw(sd, "--seed", seed, "--out", f"{name}.png"))[0] == 0
+    a, b, c = (np.asarray(Image.open(f"{n}.png")) for n in "abc")
+    assert (a == b).all() and not (a == c).all()
+
+
+def test_guidance_prompt_and_dtype_arrive(run, sd):
+    plain = ["--guidance", 1, "--out"]
+    run(*draw(sd, *plain, "a.png"))
+    run(*draw(sd, "--guidance", 7, "--out", "b.png"))
+    run("generate", "green", *draw(sd, *plain, "c.png")[2:])
+    run(*draw(sd, *plain, "d.jpg", "--dtype", "bfloat16"))
+    a, b, c, d = (np.asarray(Image.open(n)) for n in ("a.png", "b.png", "c.png", "d.jpg"))
+    assert not (a == b).all() and not (a == c).all() and not (a == d).all()
+
+
+def test_adapters(run, tmp_path, flux):
+    """--adapter brings mechanism, settings and weights; --untrained leaves the weights out, those of the host too."""
+    pipe = FluxPipeline.from_pretrained(flux)
+    lf.apply(pipe, lf.CLEAR(2, pool=2))
+    with torch.no_grad():
+        for name, p in pipe.transformer.named_parameters():
+            if "pool_weight" in name or "to_v" in name:
+                p.mul_(0.3)
+    lf.save(pipe, tmp_path / "mine", host=["*to_v.weight"])
+    for name, more in (
+        ("trained", ["--adapter", tmp_path / "mine"]),
+        ("untrained", ["--adapter", tmp_path / "mine", "--untrained"]),
+        ("plain", ["--mechanism", "clear", "--radius", 2, "--pool", 2]),
+    ):
+        code, out, _ = run(*draw(flux, *more, "--json", "--out", f"{name}.png"))
+        figures = json.loads(out)
+        assert code == 0, out
+        assert figures["layers"] == 4
+        assert figures["mechanism"] == "clear"
+    trained, untrained, plain = (np.asarray(Image.open(f"{n}.png")) for n in ("trained", "untrained", "plain"))
+    assert (untrained == plain).all() and not (trained == plain).all()
+
+
+def test_settings_on_the_command_line(run, sd):
+    def mechanism(*more):
+        code, out, err = run("describe", "--model", sd, "--device", "cpu", "--json", *more)
+        assert code == 0, err
+        return next(r["mechanism"] for r in json.loads(out)["layers"] if r["reason"] == "replaced")
+
+    assert mechanism("--mechanism", "clear", "--radius", "2.5") == str(lf.CLEAR(radius=2.5, pool=1))
+    assert mechanism("--mechanism", "clear", "--radius", "4,8", "--pool", "2") == str(lf.CLEAR(radius=(4, 8), pool=2))
+    assert mechanism("--mechanism", "linfusion") == str(lf.LinFusion(mid_dim=None, eps=0.0001))
+    assert mechanism("--mechanism", "linfusion", "--mid-dim", "4", "--eps", "1e-3") == str(
+        lf.LinFusion(mid_dim=4, eps=0.001)
+    )
+    assert mechanism("--mechanism", "linfusion", "--mid-dim", "none") == str(lf.LinFusion(mid_dim=None, eps=0.0001))
+    assert mechanism("--mechanism", "softmax") == str(lf.Softmax())
+
+
+# describe
+
+
+def test_describe(run, folder):
+    code, out, _ = run("describe", "--model", folder, "--device", "cpu")
+    assert code == 0 and "0 of" in out and "not chosen" in out
+    code, out, _ = run("describe", "--model", folder, "--device", "cpu", "--mechanism", "clear", "--radius", 2)
+    assert code == 0 and re.search(r"4 of \d+ attention layers replaced", " ".join(out.split()))
+    code, out, _ = run(
+        "describe", "--model", folder, "--device", "cpu", "--mechanism", "clear", "--radius", 2, "--json"
+    )
+    report = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert report["replaced"] == 4 and {"layer", "mechanism", "reason"} <= report["layers"][0].keys()
+
+
+# mistakes
+
+
+OK = object()
+"""Stands for a command that would draw a picture, so that only what follows it can be wrong."""
+
+MISTAKES = {
+    "empty-prompt": (["generate", ""], "prompt is empty"),
+    "blank-prompt": (["generate", "  "], "prompt is empty"),
+    "no-output-folder": ([OK, "--out", "missing/a.png"], r"--out: the folder .*missing does not exist"),
+    "no-extension": ([OK, "--out", "picture"], r"--out picture must be an image file, such as out\.png"),
+    "bad-extension": ([OK, "--out", "a.txt"], r"--out a\.txt must be an image file"),
+    "read-only-format": ([OK, "--out", "a.psd"], r"--out a\.psd must be an image file"),
+    "output-is-a-folder": ([OK, "--out", "picture.png"], r"--out picture\.png must be an image file"),
+    "size-the-vae-cannot-divide": ([OK, "--size", "60"], r"--size must be a multiple of (8|16) pixels.*got 60"),
+    "size-zero": ([OK, "--size", "0"], "--size must be .* got 0"),
+    "size-negative": ([OK, "--size", "-64"], "--size must be .* got -64"),
+    "steps-zero": ([OK, "--steps", "0"], "--steps must be at least 1, got 0"),
+    "seed-negative": ([OK, "--seed", "-1"], "--seed must not be negative"),
+    "unknown-mechanism": (
+        [OK, "--mechanism", "magic"],
+        "Unknown mechanism 'magic'. Available: softmax, linfusion, clear",
+    ),
+    "radius-zero": ([OK, "--mechanism", "clear", "--radius", "0"], "radius must be positive.* got 0"),
+    "radius-negative": ([OK, "--mechanism", "clear", "--radius=-3"], "radius must be positive.* got -3"),
+    "radius-no-number": ([OK, "--mechanism", "clear", "--radius", "big"], "radius must be positive.* got 'big'"),
+    "radius-empty": ([OK, "--mechanism", "clear", "--radius", ""], "radius must be positive.* got ''"),
+    "radius-missing": ([OK, "--mechanism", "clear"], "radius"),
+    "radius-for-video": ([OK, "--mechanism", "clear", "--radius", "1,2,3"], "3 axes, the grid has 2"),
+    "pool-no-number": ([OK, "--mechanism", "clear", "--radius", "2", "--pool", "0.5"], "pool must be a whole"),
+    "mid-dim-broken": ([OK, "--mechanism", "linfusion", "--mid-dim", "2.5"], "mid_dim must be a positive"),
+    "setting-of-another": (
+        [OK, "--mechanism", "linfusion", "--radius", "8"],
+        "linfusion has no setting radius. Settings: eps, mid_dim",
+    ),
+    "setting-alone": ([OK, "--radius", "8"], "--radius is a setting of a mechanism: add --mechanism"),
+    "compare-with-nothing": ([OK, "--compare"], "--compare needs something to compare with"),
+    "untrained-alone": ([OK, "--untrained"], "--untrained goes with --adapter"),
+    "adapter-and-mechanism": ([OK, "--adapter", "a", "--mechanism", "softmax"], "one or the other"),
+    "unknown-adapter": ([OK, "--adapter", "missing"], "missing is no folder here"),
+    "empty-adapter": ([OK, "--adapter", "empty"], "empty is not an adapter folder"),
+    "unknown-model": ([OK, "--model", "nonsense"], "--model nonsense is no embedded model .*emoji-flux"),
+    "unknown-hub-model": ([OK, "--model", "some/model"], "--model some/model cannot be loaded"),
+    "no-pipeline": ([OK, "--model", "empty"], "--model empty cannot be loaded"),
+    "unknown-device": ([OK, "--device", "toaster"], "--device toaster cannot be used here"),
+    "unknown-embedded-size": (
+        ["generate", "x", "--model", "emoji-flux", "--size", "128"],
+        "--size must be between 256 and 1024 pixels for emoji-flux, got 128",
+    ),
+    "describe-unknown-model": (["describe", "--model", "nonsense"], "--model nonsense is no embedded model"),
+    "describe-unknown-mechanism": (["describe", "--mechanism", "magic"], "Unknown mechanism"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_one_line_for_each_mistake(run, tmp_path, flux, name):
+    arguments, says = MISTAKES[name]
+    arguments = [*draw(flux), *arguments[1:]] if arguments[0] is OK else arguments
+    for folder in ("empty", "picture.png"):
+        (tmp_path / folder).mkdir()
+    code, out, err = run(*arguments)
+    assert code == 2 and out == ""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("linfusion: error: "), err
+    assert re.search(says, lines[0]), lines[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "picture.png"]  # no half picture
+
+
+def test_an_unsupported_model(run, tmp_path):
+    """A pipeline that diffusers opens but linfusion cannot change."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    for command in (draw("ddpm", "--mechanism", "softmax"), ["describe", "--model", "ddpm"]):
+        code, out, err = run(*command)
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert "UNet2DModel is not supported. Supported: UNet2DConditionModel" in err
+    code, _, err = run(*draw("ddpm"))  # nor draw from a prompt
+    assert code == 2 and err.splitlines()[-1].startswith("linfusion: error: DDPMPipeline")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["generate"], ["generate", "x", "--size", "big"], ["generate", "x", "--dtype", "int8"]],
+)
+def test_usage(run, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: linfusion" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    for arguments, says in (
+        (["--version"], lf.__version__),
+        (["--help"], "generate"),
+        (["generate", "-h"], "--radius"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0 and says in capsys.readouterr().out
+
+
+def test_interrupted_and_out_of_memory(run, monkeypatch, sd):
+    from linfusion.pipelines import generate
+
+    def fails(error):
+        def raise_it(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(generate, "generate", raise_it)
+        code, out, err = run(*draw(sd, "--mechanism", "softmax"))
+        return code, out, err.splitlines()[-1]
+
+    assert fails(KeyboardInterrupt()) == (130, "", "linfusion: interrupted")
+    code, out, last = fails(RuntimeError("CUDA out of memory. Tried to allocate 9 TiB"))
+    assert code == 2 and out == "" and "out of memory; try a smaller --size" in last
+    with pytest.raises(RuntimeError, match="a bug"):  # bugs keep their traceback
+        fails(RuntimeError("a bug"))
+
+
+def test_as_a_process(tmp_path, flux):
+    """What a shell sees: the object alone on standard output, a mistake as one line on standard error."""
+    root = str(Path(lf.__file__).parents[1])
+
+    def shell(*arguments):
+        command = [sys.executable, "-m", "linfusion", *map(str, arguments)]
+        environment = {
+            "PYTHONPATH": root,
+            "HF_HUB_OFFLINE": "1",
+            "PATH": "",
+            "HOME": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    done = shell(*draw(flux, "--mechanism", "clear", "--radius", 2, "--json"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout).keys() == FIGURES
+    done = shell(*draw("nonsense"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if line] == [
+        "linfusion: error: --model nonsense is no embedded model (emoji-flux), no folder here and no Hub id."
+    ]

@@ -1,0 +1,588 @@
+"""What people do with a host while a mechanism is on: LoRA, offload, compile, training, copies, files, backends."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+from types import SimpleNamespace
+
+import accelerate
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, StableDiffusionImg2ImgPipeline
+from torch import nn
+
+import linfusion as lf
+
+from .models import TEXT, TINY, forward, gap, lively, make_unet, noise, processors
+
+CONFIGS = [lf.Softmax(), lf.LinFusion(mid_dim=4), lf.CLEAR(3), lf.CLEAR(2, pool=2)]
+
+
+@pytest.fixture(params=CONFIGS, ids=repr)
+def config(request):
+    return request.param
+
+
+def apply(model, config):
+    """With made-up trained values: a fresh branch has no effect that could get lost."""
+    lf.apply(model, config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".linfusion." in name:
+                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def mechanisms(model) -> dict:
+    return {name: m.linfusion for name, m in model.named_modules() if hasattr(m, "linfusion")}
+
+
+# LoRA
+
+
+def add_lora(model) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj"]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets), model)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("order", ["lora-first", "lora-second"])
+def test_lora_acts_on_replaced_layers(tiny, model, inputs, order):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    add_lora(model)
+    stock, names = forward(model, inputs), list(model.state_dict())
+    assert gap(stock, forward(tiny.build(), inputs)) > 1e-2
+    other = tiny.build()
+    for config in (lf.Softmax(), lf.CLEAR(2), lf.LinFusion()):
+        torch.manual_seed(0)
+        without = forward(apply(tiny.build(), config), inputs)
+        if order == "lora-first":
+            out = forward(apply(model, config), inputs)
+        else:
+            other = apply(tiny.build(), config)
+            add_lora(other)
+            assert not [n for n, _ in other.named_parameters() if "linfusion" in n and "lora" in n]
+            out = forward(other, inputs)
+        if isinstance(config, lf.Softmax):
+            assert torch.equal(out, stock)
+        assert gap(out, without) > 1e-2
+    lf.restore(model), lf.restore(other)
+    assert torch.equal(forward(model, inputs), stock)
+    if order == "lora-second":
+        assert torch.equal(forward(other, inputs), stock)
+        assert list(other.state_dict()) == names
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
+    assert torch.equal(forward(model, inputs), forward(tiny.build(), inputs))
+
+
+# offload
+
+
+def test_layers_offloaded_after_apply(model, inputs, config):
+    """accelerate's `cpu_offload` is what enable_sequential_cpu_offload runs; the CPU stands in for the accelerator."""
+    want = forward(apply(model, config), inputs)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    for _ in range(2):
+        assert torch.equal(forward(model, inputs), want)
+
+
+def test_a_model_that_is_offloaded_already(model, inputs):
+    stock = forward(model, inputs)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    lf.apply(model, lf.Softmax())  # no parameters: nothing that the hooks would miss
+    assert torch.equal(forward(model, inputs), stock)
+    on = processors(model)
+    for change in (lf.apply, lf.attn_processors):
+        with pytest.raises(ValueError, match=r"offloaded layer by layer.*before the model is offloaded"):
+            change(model, lf.LinFusion())
+        assert processors(model) == on and len(mechanisms(model)) > 0
+    lf.restore(model)
+    assert torch.equal(forward(model, inputs), stock)
+
+
+def test_host_weights_and_an_offloaded_model(tmp_path, model, inputs):
+    """Values that live elsewhere cannot be put back: restore says so and leaves all as it is."""
+    lf.save(apply(model, lf.CLEAR(2)), tmp_path / "a", host=["*to_q.weight"])
+    want = forward(lf.load(model, tmp_path / "a"), inputs)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    for change in (lambda: lf.restore(model), lambda: lf.apply(model, lf.Softmax())):
+        with pytest.raises(ValueError, match="offloaded layer by layer"):
+            change()
+        assert torch.equal(forward(model, inputs), want)
+    with pytest.raises(NotImplementedError, match="offloaded layer by layer"):
+        lf.save(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_pipeline_offloaded_layer_by_layer(tmp_path, monkeypatch, tiny):
+    """Through the pipeline everything works, since the offload is lifted for the moment of the change."""
+    real = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda m, *a, **k: real(m, execution_device="cpu", **k))
+    pipe = tiny.build_pipeline()
+    stock = tiny.draw(pipe, 5.0)
+    model = lf.describe(pipe) and (getattr(pipe, "unet", None) or pipe.transformer)
+    want = tiny.draw(lf.apply(pipe, lf.CLEAR(2, pool=2)), 5.0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("to_v.weight"):
+                p.mul_(0.5)
+    lf.save(pipe, tmp_path / "a", host=["*to_v.weight"])
+    trained = tiny.draw(pipe, 5.0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("to_v.weight"):
+                p.mul_(2)
+    lf.restore(pipe)
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    for change, expected in (
+        (lambda: lf.apply(pipe, lf.CLEAR(2, pool=2)), want),
+        (lambda: lf.load(pipe, tmp_path / "a"), trained),
+        (lambda: lf.apply(pipe, lf.Softmax()), stock),
+        (lambda: lf.load(pipe, tmp_path / "a"), trained),
+        (lambda: lf.restore(pipe), stock),
+    ):
+        change()
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert torch.equal(tiny.draw(pipe, 5.0), expected)
+
+
+def test_model_offload(tiny, config):
+    """Whole models move, mechanisms with them, and hooks of the host's own kind come and go with every call."""
+    pipe = tiny.build_pipeline()
+    apply(getattr(pipe, "unet", None) or pipe.transformer, config)
+    want = tiny.draw(pipe, 5.0)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(tiny.draw(pipe, 5.0), want)
+
+
+needs_accelerator = pytest.mark.skipif(
+    not torch.accelerator.is_available(), reason="needs an accelerator: there is nothing to offload from"
+)
+
+
+@needs_accelerator
+@pytest.mark.parametrize("enable", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+@pytest.mark.parametrize("order", ["apply-first", "offload-first"])
+def test_offload_from_an_accelerator(tiny, enable, order):
+    pipe, config = tiny.build_pipeline(), lf.CLEAR(2, pool=2)
+    want = tiny.draw(lf.apply(pipe, config), 5.0)
+    lf.restore(pipe)
+    for step in (lambda: lf.apply(pipe, config), lambda: getattr(pipe, enable)())[
+        :: 1 if order == "apply-first" else -1
+    ]:
+        step()
+    for _ in range(2):
+        assert gap(tiny.draw(pipe, 5.0).cpu(), want) < 1e-2
+
+
+# compile
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model, inputs, **settings):
+    with torch.no_grad():
+        return torch.compile(model, fullgraph=True, backend="aot_eager", **settings)(**inputs, return_dict=False)[0]
+
+
+def compiled_hosts() -> dict:
+    """Hosts as small as the compiler's time asks for, with a layer of its kind for every mechanism."""
+    unet = {"block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None}
+    unet |= {"up_block_types": ("CrossAttnUpBlock2D",), "transformer_layers_per_block": 2}
+    pixart, flux = dict(TINY["pixart"].make().config), dict(TINY["flux"].make().config)
+    return {
+        "unet": lambda: make_unet(**unet),
+        "pixart": lambda: PixArtTransformer2DModel.from_config(pixart | {"num_layers": 4}),
+        "flux": lambda: FluxTransformer2DModel.from_config(flux | {"num_layers": 4, "num_single_layers": 4}),
+    }
+
+
+def one_each(model) -> dict:
+    """Rules that hand the mechanisms out in turn, so that one compilation covers all of them."""
+    names = [r.layer for r in lf.describe(lf.apply(model, lf.Softmax())).layers if r.mechanism]
+    rules = {name: CONFIGS[i % len(CONFIGS)] for i, name in enumerate(names)}
+    assert len(names) >= len(CONFIGS)
+    return rules
+
+
+@pytest.mark.parametrize("name", ["unet", "pixart", "flux"])
+def test_whole_models_compile(dynamo, name):
+    """Every mechanism without a break in the graph; another shape of equally many tokens gives that shape's answer."""
+    model = lively(compiled_hosts()[name]()).eval()
+    apply(model, one_each(model))
+    dynamic = False if name == "unet" else None  # None is how users compile; the UNet then takes twice as long
+    for grid in ((8, 8), (16, 4)):
+        inputs = TINY["unet-sd15" if name == "unet" else name].inputs(*grid)
+        assert gap(compiled(model, inputs, dynamic=dynamic), forward(model, inputs)) < 1e-5
+
+
+def test_flux_compiles_where_nothing_needs_the_grid(dynamo):
+    tiny = TINY["flux"]
+    small = FluxTransformer2DModel.from_config(dict(tiny.make().config) | {"num_layers": 1, "num_single_layers": 1})
+    model, inputs = apply(lively(small).eval(), lf.LinFusion()), tiny.inputs(6, 9)
+    assert gap(compiled(model, inputs), forward(model, inputs)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("unet-sdxl", lf.CLEAR(2, pool=2)), ("flux", lf.CLEAR(2, pool=2)), ("flux", lf.LinFusion(mid_dim=4))],
+    ids=str,
+)
+def test_repeated_blocks_compile(dynamo, name, config):
+    """The hook then runs outside of the graphs, and the grid reaches them as plain numbers."""
+    tiny = TINY[name]
+    model = apply(tiny.build(), config)
+    plain = copy.deepcopy(model)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    for grid in ((8, 8), (16, 4)):
+        assert gap(forward(model, tiny.inputs(*grid)), forward(plain, tiny.inputs(*grid))) < 1e-5
+
+
+def test_a_compiled_module_is_looked_through(dynamo):
+    """`pipe.transformer = torch.compile(...)` wraps the model."""
+    tiny = TINY["pixart"]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+    stock = forward(model, inputs)
+    pipe = SimpleNamespace(transformer=torch.compile(model, fullgraph=True, backend="aot_eager"))
+    lf.apply(pipe, lf.CLEAR(2))
+    changed = forward(pipe.transformer, inputs)
+    assert gap(changed, stock) > 1e-2
+    assert lf.describe(pipe).replaced == tiny.layers
+    lf.restore(pipe)
+    assert gap(forward(pipe.transformer, inputs), stock) < 1e-5
+
+
+# training
+
+
+def loss_gradients(model, inputs):
+    model.zero_grad()
+    model(**inputs, return_dict=False)[0].square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_checkpointing(model, inputs, config):
+    apply(model, config).train()
+    want = loss_gradients(model, inputs)
+    model.enable_gradient_checkpointing()
+    got = loss_gradients(model, inputs)
+    assert got.keys() == want.keys()
+    assert any(".linfusion." in name for name in want) == bool(
+        list(next(iter(mechanisms(model).values())).parameters())
+    )
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [lf.LinFusion(), lf.LinFusion(mid_dim=4), lf.CLEAR(2, pool=2)], ids=repr)
+def test_every_trainable_parameter_learns(model, inputs, config):
+    """From the fresh state; what stands behind a zero-initialised layer from the second step on."""
+    lf.apply(model.requires_grad_(False), config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".linfusion." in name for name in trained)
+    optimizer = torch.optim.SGD(trained.values(), lr=1e-2)
+    loss_gradients(model, inputs)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+    optimizer.step()
+    loss_gradients(model, inputs)
+    still = [name for name, p in trained.items() if not p.grad.abs().max() > 0]
+    assert not still
+
+
+def test_training_mode_follows_the_layer(model):
+    assert not any(m.training for m in mechanisms(lf.apply(model.eval(), lf.LinFusion())).values())
+    assert all(m.training for m in mechanisms(lf.apply(model.train(), lf.LinFusion())).values())
+    model.eval()
+    assert not any(m.training for m in mechanisms(model).values())
+
+
+# copies, files, threads
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_stand_alone(model, inputs, config, how):
+    stock = forward(model, inputs)
+    changed = forward(apply(model, config), inputs)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, file := io.BytesIO())
+        twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert torch.equal(forward(twin, inputs), changed)
+    assert lf.describe(twin).replaced == lf.describe(model).replaced > 0
+    lf.restore(model)
+    assert torch.equal(forward(model, inputs), stock)
+    assert torch.equal(forward(twin, inputs), changed)  # the original's restore did not touch it
+    lf.restore(twin)
+    assert torch.equal(forward(twin, inputs), stock)
+    assert not mechanisms(twin) and list(twin.state_dict()) == list(model.state_dict())
+
+
+def test_a_copy_reads_its_own_grid(tiny, model):
+    """Hooks keep their state on the module, not in a closure over the original."""
+    lf.apply(model, lf.CLEAR(2))
+    twin = copy.deepcopy(model)
+    forward(model, tiny.inputs(6, 9))
+    assert {r.grid for r in lf.describe(twin).layers} == {None}
+    want = forward(lf.apply(tiny.build(), lf.CLEAR(2)), tiny.inputs(9, 6))
+    assert torch.equal(forward(twin, tiny.inputs(9, 6)), want)
+
+
+def test_save_pretrained_of_a_changed_model(tmp_path, tiny, model, inputs, config):
+    """The folder opens as the plain host; its own weights are all there."""
+    stock = forward(model, inputs)
+    apply(model, config).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert not mechanisms(again)
+    assert torch.equal(forward(again, inputs), stock)
+
+
+def test_two_models_in_two_threads(tiny):
+    """Sizes differ, so a layout shared by mistake would show."""
+    grids = [(6, 9), (9, 6)]
+    models = [lf.apply(tiny.build(), lf.CLEAR(2)) for _ in grids]
+    want = [forward(m, tiny.inputs(*g)) for m, g in zip(models, grids, strict=True)]
+    wrong = []
+
+    def work(i):
+        for _ in range(5):
+            if not torch.equal(forward(models[i], tiny.inputs(*grids[i])), want[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_from_pipe_shares_the_changed_model():
+    tiny = TINY["unet-sd15"]
+    pipe = tiny.build_pipeline()
+    stock = tiny.draw(pipe, 5.0)
+    changed = tiny.draw(lf.apply(pipe, lf.CLEAR(2)), 5.0)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert other.unet is pipe.unet and lf.describe(other).replaced == tiny.layers
+    assert torch.equal(tiny.draw(type(pipe).from_pipe(other), 5.0), changed)
+    lf.restore(other)
+    assert torch.equal(tiny.draw(pipe, 5.0), stock)
+
+
+def test_nothing_keeps_a_model_alive(tiny):
+    import weakref
+
+    model = lf.apply(tiny.build(), lf.CLEAR(2))
+    forward(model, tiny.inputs(6, 9))
+    ref = weakref.ref(model)
+    del model
+    gc.collect()
+    assert ref() is None
+
+
+# attention backends
+
+
+@pytest.fixture
+def backends():
+    """diffusers remembers the last backend set anywhere, also after a reset."""
+    from diffusers.models import attention_dispatch
+
+    registry = attention_dispatch._AttentionBackendRegistry
+    active = registry._active_backend
+    yield
+    registry._active_backend = active
+
+
+def dispatched(monkeypatch):
+    """The backends that diffusers' dispatcher was asked for by our processors."""
+    from linfusion.families import flux
+
+    asked, real = [], flux.dispatch_attention_fn
+    monkeypatch.setattr(
+        flux,
+        "dispatch_attention_fn",
+        lambda *a, backend=None, **k: asked.append(backend) or real(*a, backend=backend, **k),
+    )
+    return asked
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_softmax_honours_the_attention_backend(monkeypatch, backends, order):
+    tiny = TINY["flux"]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+    other = tiny.build()
+    other.set_attention_backend("_native_math")
+    stock = forward(other, inputs)
+    asked = dispatched(monkeypatch)
+    for step in (lambda: model.set_attention_backend("_native_math"), lambda: lf.apply(model, lf.Softmax()))[
+        :: 1 if order == "before" else -1
+    ]:
+        step()
+    assert torch.equal(forward(model, inputs), stock)
+    assert {str(getattr(b, "value", b)) for b in asked} == {"_native_math"} and len(asked) == tiny.layers
+
+
+@pytest.mark.parametrize("config", CONFIGS[1:], ids=repr)
+def test_other_mechanisms_refuse_an_attention_backend(backends, config):
+    tiny = TINY["flux"]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+    model.set_attention_backend("_native_math")
+    with pytest.raises(ValueError, match=r"'_native_math' would have no effect.*reset_attention_backend"):
+        lf.apply(model, config)
+    assert not mechanisms(model)
+    model.reset_attention_backend()
+    lf.apply(model, config)
+    forward(model, inputs)
+    model.set_attention_backend("_native_math")
+    with pytest.raises(ValueError, match=r"'_native_math' has no effect.*reset_attention_backend"):
+        forward(model, inputs)
+    model.reset_attention_backend()
+    assert forward(model, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["unet-sd15", "pixart"])
+def test_backends_on_hosts_that_ignore_them(backends, name):
+    """The processors of UNets and PixArt call PyTorch directly: a backend means nothing to them, so to Softmax."""
+    tiny = TINY[name]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+    stock = forward(model, inputs)
+    lf.apply(model, lf.Softmax())
+    if hasattr(model, "set_attention_backend"):
+        model.set_attention_backend("_native_math")
+    assert torch.equal(forward(model, inputs), stock)
+
+
+# dtypes, quantisation, plugins
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(tiny, config, dtype):
+    """Finite, in the host's dtype, and close to the fp32 answer of the same mechanism; cast before or after apply."""
+
+    def cast(x):
+        if isinstance(x, dict):
+            return {k: cast(v) for k, v in x.items()}
+        return x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x
+
+    def error(change):
+        model, inputs = change(tiny.build()), tiny.inputs(6, 9)
+        exact = forward(model, inputs)
+        out = forward(model.to(dtype), cast(inputs))
+        assert out.dtype == dtype and out.isfinite().all()
+        return (out.float() - exact).square().mean() / exact.square().mean()
+
+    # the tiny hosts amplify rounding on purpose, so the host's own error is the measure
+    assert error(lambda m: apply(m, config)) < 3 * error(lambda m: m) + 1e-3
+    inputs = tiny.inputs(6, 9)
+    fresh = lf.apply(tiny.build().to(dtype), config)
+    assert {p.dtype for m in mechanisms(fresh).values() for p in m.parameters()} <= {dtype}
+    assert forward(fresh, cast(inputs)).isfinite().all()
+
+
+class Quantised(nn.Module):
+    """A projection that can only be called, as quantised layers are; asking for its weight is a mistake."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("packed", linear.weight.detach().to(torch.float64))
+        self.register_buffer("offset", None if linear.bias is None else linear.bias.detach())
+
+    @property
+    def weight(self):
+        raise RuntimeError("packed: there is no weight to read")
+
+    bias = in_features = out_features = weight
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed.to(x.dtype), self.offset)
+
+
+def test_quantised_projections(model, inputs, config):
+    torch.manual_seed(0)
+    want = forward(apply(copy.deepcopy(model), config), inputs)
+    for module in list(model.modules()):
+        for child in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+            if isinstance(getattr(module, child, None), nn.Linear):
+                setattr(module, child, Quantised(getattr(module, child)))
+    stock = forward(model, inputs)
+    torch.manual_seed(0)
+    assert torch.equal(forward(apply(model, config), inputs), want)
+    lf.restore(model)
+    assert torch.equal(forward(model, inputs), stock)
+
+
+def ip_adapter(unet) -> list[dict]:
+    """Weights of a tiny IP-Adapter, in the form that `load_ip_adapter` reads from a file."""
+    generator = torch.Generator().manual_seed(9)
+
+    def weight(*shape):
+        return 0.5 * torch.randn(*shape, generator=generator)
+
+    layers, number = {}, 1
+    for name in unet.attn_processors:
+        if name.endswith("attn2.processor"):
+            attn = unet.get_submodule(name.removesuffix(".processor"))
+            for key in ("to_k_ip", "to_v_ip"):
+                layers[f"{number}.{key}.weight"] = weight(attn.inner_dim, 16)
+            number += 2
+    projection = {"proj.weight": weight(4 * 16, 6), "proj.bias": weight(64), "norm.weight": weight(16)}
+    return [{"image_proj": projection | {"norm.bias": weight(16)}, "ip_adapter": layers}]
+
+
+@pytest.mark.parametrize("order", ["ip-first", "ip-second"])
+def test_ip_adapter(order):
+    """Loading one makes self-attention's processors anew, by class and without arguments."""
+    tiny = TINY["unet-sd15"]
+    inputs = tiny.inputs(6, 9) | {"added_cond_kwargs": {"image_embeds": [noise(2, 1, 6, seed=8)]}}
+    stock_model = tiny.build()
+    plain = forward(stock_model, tiny.inputs(6, 9))
+    stock_model._load_ip_adapter_weights(ip_adapter(stock_model), low_cpu_mem_usage=False)
+    stock = forward(stock_model, inputs)
+    assert gap(stock, plain) > 1e-2
+    outs = {}
+    for config in (lf.Softmax(), lf.CLEAR(2)):
+        model = tiny.build()
+        for step in (
+            lambda m=model: m._load_ip_adapter_weights(ip_adapter(m), low_cpu_mem_usage=False),
+            lambda m=model, c=config: lf.apply(m, c),
+        )[:: 1 if order == "ip-first" else -1]:
+            step()
+        outs[config.name] = forward(model, inputs)
+        report = lf.describe(model)
+        assert report.replaced == tiny.layers
+        lf.restore(model)
+        assert torch.equal(forward(model, inputs), stock)
+    assert torch.equal(outs["softmax"], stock)
+    assert gap(outs["clear"], stock) > 1e-2
+
+
+def test_text_length_may_change(tiny, model):
+    """Prompts of other lengths between calls."""
+    if not lf.families()[tiny.family].joint:
+        pytest.skip("text is not in the sequence")
+    lf.apply(model, lf.CLEAR(1000))
+    for length in (TEXT, 3, 12):
+        inputs = tiny.inputs(6, 9) | {"encoder_hidden_states": noise(2, length, 32), "txt_ids": torch.zeros(length, 3)}
+        assert gap(forward(model, inputs), forward(tiny.build(), inputs)) < 1e-5

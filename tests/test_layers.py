@@ -1,0 +1,189 @@
+"""The shape of the code: arrows never point up, files stay small, and our `kernels/` gets in nobody's way."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"linfusion": "linfusion"} | {
+    name: f"linfusion.{name}" for name in ("kernels", "pipelines", "distill", "demos")
+}
+"""Folder in the repository -> package that it is installed as."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the library by its dotted name."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *(p for p in parts if p != "__init__")))] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """Absolute names of all that a module imports, anywhere in it."""
+    path, found = MODULES[name], set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join((*up, *filter(None, [node.module])))
+            # `from .. import describe` names a module as well as `from ..describe import describe`
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names}
+    return found
+
+
+def under(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def test_the_parser_sees_imports():
+    """The rules below are only worth what this finds."""
+    assert len(MODULES) > 25
+    assert imports("linfusion.mechanisms.clear") >= {"linfusion.call", "linfusion.kernels", "linfusion.mechanisms.base"}
+    assert "linfusion.apply" in imports("linfusion") and "linfusion.describe" in imports("linfusion.cli.generate")
+    assert "linfusion.pipelines.generate" in imports("linfusion.cli.generate")
+    assert "diffusers.models.attention_dispatch" in imports("linfusion.families.flux")
+
+
+HOSTS = ("diffusers", "transformers", "accelerate", "peft")
+CORE = ("linfusion.apply", "linfusion.adapter", "linfusion.weights", "linfusion.describe")
+TOP = ("linfusion.cli", "linfusion.pipelines", "linfusion.distill", "linfusion.demos")
+
+# layer -> what its modules never import
+FORBIDDEN = {
+    "linfusion.kernels": ("linfusion.call", "linfusion.mechanisms", "linfusion.families", *CORE, *TOP, *HOSTS),
+    "linfusion.call": ("linfusion.mechanisms", "linfusion.families", *CORE, *TOP, *HOSTS),
+    "linfusion.mechanisms": ("linfusion.families", *CORE, *TOP, *HOSTS),
+    "linfusion.families": (*CORE, *TOP),
+    "linfusion.adapter": ("linfusion.apply", "linfusion.weights", "linfusion.describe", *TOP),
+    "linfusion.apply": ("linfusion.weights", "linfusion.describe", *TOP),
+    "linfusion.weights": TOP,
+    "linfusion.describe": TOP,
+    "linfusion.pipelines": ("linfusion.cli", "linfusion.demos", "linfusion.distill"),
+    "linfusion.distill": ("linfusion.cli", "linfusion.demos"),
+    "linfusion.demos": ("linfusion.cli",),
+}
+
+
+@pytest.mark.parametrize("layer", FORBIDDEN)
+def test_arrows_never_point_up(layer):
+    members = [name for name in MODULES if under(name, layer)]
+    assert members
+    wrong = [
+        f"{name} imports {target}"
+        for name in members
+        for target in imports(name)
+        for package in FORBIDDEN[layer]
+        if under(target, package)
+    ]
+    assert not wrong
+
+
+def test_kernels_import_nothing_of_linfusion_but_kernels():
+    for name in MODULES:
+        if under(name, "linfusion.kernels"):
+            ours = {t for t in imports(name) if under(t, "linfusion")}
+            assert all(under(t, "linfusion.kernels") for t in ours), name
+
+
+def test_nothing_imports_the_command_line():
+    users = [n for n in MODULES if any(under(t, "linfusion.cli") for t in imports(n)) and not under(n, "linfusion.cli")]
+    assert users in ([], ["linfusion.__main__"])
+
+
+def test_mechanisms_know_no_family_by_name():
+    """Nor the other way round: N + M, not N x M."""
+    import linfusion as lf
+
+    for name, path in MODULES.items():
+        if under(name, "linfusion.mechanisms"):
+            assert not any(f'"{family}"' in path.read_text() for family in lf.families()), name
+        if under(name, "linfusion.families") and name != "linfusion.families":
+            assert not {c.__name__ for c in lf.mechanisms().values()} & names_used(path), name
+
+
+def names_used(path: Path) -> set[str]:
+    return {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+
+
+def test_no_file_is_long():
+    long = {name: n for name, path in MODULES.items() if (n := len(path.read_text().splitlines())) > 600}
+    assert not long
+
+
+def test_no_print_in_library_code():
+    """Results are returned, remarks are logged; only the command line and scripts speak."""
+    speakers = ("linfusion.cli", "linfusion.demos.train_teacher")
+    for name, path in MODULES.items():
+        if not any(under(name, s) for s in speakers):
+            assert "print" not in names_used(path), name
+
+
+def test_everything_is_packaged():
+    """A package that pyproject.toml forgets would be missing from the wheel."""
+    listed = (ROOT / "pyproject.toml").read_text()
+    for name, path in MODULES.items():
+        if path.name == "__init__.py":
+            assert f'"{name}"' in listed, name
+
+
+# the kernels trap: Hugging Face has a package of that name, which diffusers and transformers look for
+
+
+def python(code: str, *path: Path, cwd: Path = ROOT) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parity
+def test_hosts_import_from_the_repository_root():
+    """`python -c` puts the current folder first on the path."""
+    inherited = [Path(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    code = "import transformers, diffusers, diffusers.models.attention_dispatch\n"
+    code += "from diffusers import FluxTransformer2DModel\nimport linfusion.kernels as k; print(k.__name__)"
+    assert python(code, *inherited) == "linfusion.kernels"
+
+
+@pytest.fixture
+def second_checkout(tmp_path) -> Path:
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__", "bench"))
+    shutil.copytree(ROOT / "linfusion", tmp_path / "linfusion", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_two_checkouts_do_not_send_each_other_round(second_checkout):
+    """Whoever asks for `kernels` gets a bare version where the real one is not installed; ours stays importable."""
+    code = "import kernels; print(getattr(kernels, '__version__', None), hasattr(kernels, 'window_attention'))\n"
+    for path in ([ROOT, second_checkout], [second_checkout, ROOT]):
+        assert python(code, *path) == "0 False"
+    code += "import linfusion.kernels as k; print(k.__name__)"
+    assert python(code, ROOT, second_checkout) == "0 False\nlinfusion.kernels"
+
+
+def test_the_real_kernels_is_handed_over(second_checkout, tmp_path_factory):
+    """Installed further down the path, it is what `import kernels` gives."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text("from .inner import get_kernel\n__version__ = '9.9'\n")
+    (site / "kernels" / "inner.py").write_text("def get_kernel(name): return name\n")
+    code = "import kernels, sys; from kernels import get_kernel; import kernels.inner\n"
+    code += "print(kernels.__version__, get_kernel('x'), sys.modules['kernels'] is kernels)"
+    assert python(code, ROOT, second_checkout, site) == "9.9 x True"
