@@ -162,7 +162,7 @@ def _table(label: str, figures: dict[str, Any], quality: float | None) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{figures['out']}, {figures['size']} x {figures['size']} pixels")
-    for column in ("attention", "layers replaced", "attention work left", "seconds a step", "PSNR against original"):
+    for column in ("attention", "layers replaced", "work left", "seconds a step", "PSNR"):
         table.add_column(column, overflow="fold")
     if figures["original_seconds_per_step"] is not None:
         table.add_row("original", "0", "100.0 %", f"{figures['original_seconds_per_step']:.4f}", "-")
