@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import linfusion as lf
+from linfusion.families.flux import ids_grid
+from linfusion.kernels import window_attention
 
 from ..models import TEXT, TINY, flux_ids, forward, gap, noise
 
@@ -63,16 +65,21 @@ def test_flux_ids_with_an_offset_or_a_batch():
     assert torch.equal(forward(model, inputs | batched), want)
 
 
-@pytest.mark.parametrize(
+TWO_PICTURES = pytest.mark.parametrize(
     "ids",
     [
         torch.cat((flux_ids(6, 9), flux_ids(6, 9, frame=1))),
         torch.cat((flux_ids(8, 8), flux_ids(16, 4, frame=1))),  # the box around both has as many tokens as both have
         torch.cat((flux_ids(4, 2), flux_ids(2, 4, frame=1))),
         torch.cat((flux_ids(6, 9), flux_ids(2, 2))),
+        torch.cat((flux_ids(6, 9), flux_ids(3, 9))),
+        torch.cat((flux_ids(6, 9), flux_ids(3, 9, frame=1) + torch.tensor([0, 6, 0]))),
     ],
-    ids=["same-size", "other-size", "box-fits", "same-frame"],
+    ids=["same-size", "other-size", "box-fits", "same-frame", "same-width", "below"],
 )
+
+
+@TWO_PICTURES
 def test_reference_images_in_the_sequence_are_refused(ids):
     """FLUX Kontext: a second image stands behind the first, and no single grid describes both."""
     model, tokens = TINY["flux"].build(), len(ids)
@@ -85,6 +92,14 @@ def test_reference_images_in_the_sequence_are_refused(ids):
     assert torch.equal(forward(model, inputs), stock)
     lf.apply(model, lf.LinFusion())  # neither does this
     assert forward(model, inputs).isfinite().all()
+
+
+@TWO_PICTURES
+def test_reference_images_are_refused_by_the_op_where_the_host_is_compiled(ids):
+    """There the grid stays a tensor, which only the op reads."""
+    q = noise(1, len(ids), 1, 8)
+    with pytest.raises(ValueError, match="grid"):
+        window_attention(q, q, q, grid=ids_grid(ids), radius=2)
 
 
 def test_a_layer_called_on_its_own_is_refused(tiny, model, inputs):

@@ -123,10 +123,10 @@ def test_a_mask_is_honoured_or_refused(make):
             forward(model, inputs)
 
 
-def test_cross_attention_masks_stay_the_hosts(tiny):
+@pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if not lf.families()[tiny.family].joint])
+def test_cross_attention_masks_stay_the_hosts(name):
     """The padding of the prompt is cross-attention's business: no mechanism refuses it."""
-    if tiny.family == "FluxTransformer2DModel":
-        pytest.skip("FLUX has no cross-attention")
+    tiny = TINY[name]
     model = tiny.build()
     keep = torch.tensor([[1] * TEXT, [1] * 3 + [0] * (TEXT - 3)])
     inputs = tiny.inputs(6, 9) | {"encoder_attention_mask": keep}

@@ -1,0 +1,178 @@
+"""The training code on twelve made-up pictures and a toy model."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from linfusion.demos import train_teacher
+from linfusion.demos.emoji.data import EmojiData, load_data
+from linfusion.demos.emoji.evaluate import retrieved
+from linfusion.demos.emoji.flow import draw_times
+from linfusion.demos.emoji.loop import Length, Run
+from linfusion.demos.emoji.models import TINY, Denoiser, pack, unpack
+from linfusion.demos.emoji.optim import orthogonalise
+from linfusion.demos.emoji.text import EOS_ID, UNKNOWN_ID, build_tokenizer, normalise, tokenize
+
+STAGES = ("vae", "flow", "guidance")
+SIZES = ["--tiny", "--device", "cpu", "--captions", "4"]
+SIZES += ["--batch-vae", "4", "--batch-flow", "8", "--batch-guidance", "8"]
+STEPS = ["--steps-vae", "6", "--steps-flow", "8", "--steps-guidance", "6"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # the toy model's operations are so small that threads only wait for each other
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    captions = {}
+    for colour in ("red", "blue", "green"):
+        for shape in ("ellipse", "rectangle", "pieslice", "chord"):
+            picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+            angles = () if shape in ("ellipse", "rectangle") else (0, 250)
+            getattr(ImageDraw.Draw(picture), shape)((8, 8, 56, 56), *angles, fill=colour)
+            picture.save(folder / f"{colour}-{shape}.png")
+            captions[f"{colour}-{shape}.png"] = f"{colour.title()} {shape}!"
+    (folder / "captions.json").write_text(json.dumps(captions))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    output = tmp_path_factory.mktemp("unbroken")
+    assert train_teacher.main(["--data", str(pictures), "--output", str(output), *SIZES, *STEPS]) == 0
+    return output
+
+
+def test_all_stages(trained):
+    figures = json.loads((trained / "figures.json").read_text())
+    assert figures["pictures"] == 12
+    assert figures["captions"] == 4
+    assert set(figures["retrieval"]) == {"guidance 1", "guidance 2", "guidance 3", "guidance 5"}
+    assert {"emoji-dataset.png", "emoji-unseen.png", "emoji-flux"} <= {f.name for f in trained.iterdir()}
+    assert not list(trained.glob("*.part"))
+
+
+def test_a_run_cut_in_every_stage_ends_with_the_same_weights(pictures, trained, tmp_path, monkeypatch):
+    command = ["--data", str(pictures), "--output", str(tmp_path), *SIZES, *STEPS, "--stage"]
+    train = Run.train
+    for stage in STAGES:
+        monkeypatch.setattr(Run, "train", lambda self, loss, **k: train(self, loss, **{**k, "stop_at": 3}))
+        assert train_teacher.main([*command, "export"]) == 0
+        assert not (tmp_path / "emoji-flux").exists()
+        monkeypatch.setattr(Run, "train", train)
+        assert train_teacher.main([*command, stage]) == 0
+    assert train_teacher.main([*command, "export"]) == 0
+    for file in (trained / "emoji-flux").rglob("*.safetensors"):
+        ours, theirs = load_file(tmp_path / file.relative_to(trained)), load_file(file)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), file
+
+
+def test_stop_after(pictures, tmp_path, capsys):
+    command = ["--data", str(pictures), "--output", str(tmp_path), *SIZES, "--steps-vae", "100000"]
+    assert train_teacher.main([*command, "--stop-after", "0"]) == 0
+    assert (tmp_path / "vae.pt").exists()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_missing_data_is_one_line(tmp_path, capsys, exists):
+    folder = tmp_path / "data"
+    if exists:
+        folder.mkdir()
+    assert train_teacher.main(["--data", str(folder), "--output", str(tmp_path / "out"), *SIZES]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: no")
+    assert str(folder) in error
+    assert "\n" not in error
+
+
+def test_data(pictures):
+    data = load_data(pictures, 32)
+    assert data.images.shape == (12, 3, 32, 32)
+    assert data.captions[0] == "blue chord"
+    assert data.pixels(slice(0, 1)).max() == 1
+    assert (data.images[:, :, 0, 0] == 255).all(), "transparent is white"
+
+
+def test_variants_of_a_concept_share_its_weight():
+    captions = ["cook", "cook dark skin tone", "cook medium light skin tone", "cook light skin tone", "rocket"]
+    weights = EmojiData(captions, torch.zeros(5, 3, 1, 1, dtype=torch.uint8)).sampling_weights()
+    assert weights[:4].unique().numel() == 1
+    assert weights[4] == pytest.approx(2 * weights[0])
+    assert weights.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("text", ["Piñata", "man’s shoe", "Côte_d’Ivoire", "flag: A & B", "", "  8-bit "])
+def test_tokenizer_sees_what_normalise_gives(text):
+    tokenizer = build_tokenizer([text, "something else"])
+    ids = tokenize(tokenizer, [text, normalise(text)])
+    assert torch.equal(ids[0], ids[1])
+    assert UNKNOWN_ID not in ids
+    assert ids.shape == (2, 16)
+    assert ids[0, len(normalise(text).split())] == EOS_ID
+
+
+def test_velocity_is_the_stock_forward():
+    torch.manual_seed(0)
+    denoiser = Denoiser(TINY, 20)
+    for p in denoiser.transformer.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    grid = TINY.grid
+    ids = torch.zeros(grid, grid, 3)
+    ids[..., 1] += torch.arange(grid)[:, None]
+    ids[..., 2] += torch.arange(grid)
+    latents, time, guidance = torch.randn(2, grid**2, 32), torch.rand(2), torch.tensor([1.0, 3.0])
+    text, pooled = denoiser.encode(torch.randint(20, (2, 16)))
+    stock = denoiser.transformer(
+        hidden_states=latents,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=time,
+        guidance=guidance,
+        img_ids=ids.view(-1, 3),
+        txt_ids=torch.zeros(16, 3),
+        return_dict=False,
+    )[0]
+    assert torch.equal(denoiser.velocity(latents, time, guidance, text, pooled, denoiser.rotary("cpu")), stock)
+
+
+def test_pack_is_undone_by_unpack():
+    latents = torch.randn(2, 8, 12, 12)
+    assert torch.equal(unpack(pack(latents), 6), latents)
+
+
+def test_orthogonalise():
+    for shape in ((3, 16, 16), (2, 8, 24), (2, 24, 8)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert values.min() > 0.4
+        assert values.max() < 1.3
+
+
+def test_times_are_in_range_and_lean_to_noise():
+    times = draw_times(4096, torch.Generator().manual_seed(0))
+    assert times.min() > 0
+    assert times.max() < 1
+    assert 0.58 < times.median() < 0.66
+
+
+def test_learning_rate_shape():
+    length = Length(steps=100, warmup=10, decay=0.5)
+    shape = [length.factor(step, 100) for step in (0, 9, 49, 75, 99)]
+    assert shape == pytest.approx([0.1, 1, 1, 0.5, 0.02])
+    assert length.factor(50, None) == 1
+
+
+def test_equal_pictures_count_under_either_name():
+    reference = torch.tensor([[0.0, 0], [1, 1], [1, 1], [5, 5]])
+    names = ["a", "b", "c", "d"]
+    drawn = torch.tensor([[0.9, 1.0], [0.9, 1.0], [0.9, 1.0]])
+    assert retrieved(drawn, ["b", "c", "d"], reference, names) == [True, True, False]
