@@ -74,7 +74,7 @@ def generate(
     """
     if not prompt.strip():
         raise ValueError("The prompt is empty; say what to draw.")
-    if size is not None and (size < 1 or size % (multiple := size_multiple(pipe))):
+    if size is not None and (size % (multiple := size_multiple(pipe)) or size < 1):
         raise ValueError(f"size must be a multiple of {multiple} pixels for this model, got {size}.")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
