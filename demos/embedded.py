@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers.utils import deprecation_utils
 
 from linfusion.demos.emoji.text import MAX_TOKENS, UNKNOWN_ID
 
 _MODELS = Path(__file__).parent / "models"
+# what diffusers calls the dtype: newer releases warn about the old name, older ones ignore the new one
+_DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 _DEFAULTS = {
     "height": 256,
     "width": 256,
@@ -44,13 +47,14 @@ def demo_pipeline(name: str = "emoji-flux", **kwargs: Any) -> DiffusionPipeline:
 
     Args:
         name: which one; `emoji-flux` so far.
-        **kwargs: for `from_pretrained`, such as `torch_dtype`; `dtype` is taken as another name for it.
+        **kwargs: for `from_pretrained`. `dtype` and its older name `torch_dtype` are both taken.
 
     Raises:
         ValueError: there is no such model.
     """
     if name not in _PIPELINES:
         raise ValueError(f"unknown embedded model {name!r}; available: {', '.join(sorted(_PIPELINES))}")
-    if "dtype" in kwargs:
-        kwargs["torch_dtype"] = kwargs.pop("dtype")
+    dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+    if dtype is not None:
+        kwargs[_DTYPE] = dtype
     return _PIPELINES[name].from_pretrained(_MODELS / name, local_files_only=True, **kwargs)

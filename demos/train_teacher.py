@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cudnn.benchmark = True
     sizes = TINY if args.tiny else Sizes()
-    deadline = time.monotonic() + args.stop_after if args.stop_after else None
+    deadline = time.monotonic() + args.stop_after if args.stop_after is not None else None
     data = load_data(args.data, sizes.image).to(args.device)
     logger.info("%d pictures, %d captions", len(data), len(set(data.captions)))
     wanted = STAGES if args.stage == "all" else (args.stage,)

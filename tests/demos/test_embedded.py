@@ -77,7 +77,7 @@ def test_quality(pipe):
     tiles = torch.from_numpy(sheet.reshape(4, 32, 4, 32, 3)).permute(0, 2, 4, 1, 3).reshape(16, 3, 32, 32)
     drawn = draw(pipe, PROMPTS, steps=10)
     corners = drawn[..., :8, :8]
-    assert (corners > 0.9).all(), "the background is white"
+    assert corners.mean() > 0.97, "the background is white"
     reference = thumbnails(tiles.float() / 127.5 - 1)
     assert retrieved(thumbnails(drawn), PROMPTS, reference, PROMPTS + OTHERS) == [True] * len(PROMPTS)
 
