@@ -31,7 +31,7 @@ def sheet(rows: list[torch.Tensor], captions: list[str], path: Path, columns: in
     Args:
         rows: pictures `[N, 3, H, W]` in [-1, 1], e.g. of the data and of the model.
         captions: N of them.
-        path: a PNG with a palette, to stay small.
+        path: where the PNG goes.
     """
     line, gap = 12, 6
     font = ImageFont.load_default(size=10)
@@ -45,7 +45,7 @@ def sheet(rows: list[torch.Tensor], captions: list[str], path: Path, columns: in
             canvas.paste(_picture(pictures[number], side), (left + place * side, top))
         for row, text in enumerate(_wrap(caption, font, width - gap)):
             pen.text((left + 2, top + side + row * line), text, fill="black", font=font)
-    canvas.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    canvas.save(path, optimize=True)
 
 
 def _picture(pixels: torch.Tensor, side: int) -> Image.Image:
