@@ -52,6 +52,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         )
         parser.add_argument(f"--batch-{stage}", type=int, default=batch, help="(default %(default)s)")
     parser.add_argument("--captions", type=int, default=512, help="for the final retrieval (default %(default)s)")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="for that too (default 3)")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="write a checkpoint and leave after these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile (always so on a CPU)")
@@ -134,8 +135,7 @@ def _evaluate(args: argparse.Namespace, data: EmojiData) -> None:
         "retrieval_of_vae_copies": sum(copied) / len(copied),
         "captions": len(captions),
         "retrieval": {
-            f"guidance {scale:g}": evaluate.retrieval(pipe, data, captions, guidance=scale)
-            for scale in (3.0, 1.0, 2.0, 5.0)
+            f"guidance {scale:g}": evaluate.retrieval(pipe, data, captions, guidance=scale) for scale in args.guidance
         },
         "parameters": {
             name: sum(p.numel() for p in module.parameters())

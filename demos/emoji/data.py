@@ -71,7 +71,8 @@ def load_data(source: str | Path, size: int = 256) -> EmojiData:
     source = Path(source)
     files = _read_archive(source) if source.is_file() else _read_folder(source)
     table = files.pop("captions.json", None)
-    captions = json.loads(table) if table is not None else _names_of_code_points(files)
+    # without pictures, the reason is that and not a missing package
+    captions = json.loads(table) if table is not None else _names_of_code_points(files) if files else {}
     names = sorted(name for name in files if name in captions)
     if not names:
         raise ValueError(

@@ -53,21 +53,21 @@ def retrieved(drawn: torch.Tensor, captions: list[str], reference: torch.Tensor,
 
 
 def draw(
-    pipe: FluxPipeline, captions: list[str], guidance: float = 3.0, steps: int = 28, seed: int = 0, batch: int = 64
+    pipe: FluxPipeline, captions: list[str], guidance: float = 3.0, steps: int = 28, seed: int = 0, batch: int = 32
 ) -> torch.Tensor:
     """Pictures `[N, 3, H, W]` in [-1, 1] by the pipeline's own sampler, one forward a step."""
     pipe.set_progress_bar_config(disable=True)
     size, device = pipe.vae.config.sample_size, pipe._execution_device
     parts = []
-    for number, part in enumerate(_chunks(captions, batch)):
+    for start in range(0, len(captions), batch):
         pictures = pipe(
-            part,
+            captions[start : start + batch],
             height=size,
             width=size,
             num_inference_steps=steps,
             guidance_scale=guidance,
             max_sequence_length=MAX_TOKENS,
-            generator=torch.Generator(device).manual_seed(seed + number),
+            generator=torch.Generator(device).manual_seed(seed + start),
             output_type="pt",
         ).images
         parts.append(pictures.float() * 2 - 1)
