@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, read_adapter, swap_host
-from .call import Layout
+from .call import Layout, Site
 from .families import Family, family_of
 from .families.base import Processor, backend_name, is_default_backend
 from .mechanisms import Mechanism, MechanismConfig
@@ -42,7 +42,7 @@ class Record:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     hosts: dict[str, HostState] = field(default_factory=dict)
-    layouts: dict[str, Layout] = field(default_factory=dict)  # of every layer that could have been chosen
+    sites: dict[str, tuple[Site, Layout]] = field(default_factory=dict)  # of every layer that could have been chosen
     originals: dict[str, Tensor] = field(default_factory=dict)  # host parameters that loaded weights replaced
 
 
@@ -174,25 +174,26 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
     record = Record()
     for name, attn in targets:
         state = record.hosts.setdefault(_host_of(name, hosts), HostState(Layout(), family.layout, frozenset()))
-        record.layouts[name] = state.layout
+        record.sites[name] = family.site(name, attn), state.layout
         if name not in chosen:
             continue
         original = attn.processor
         if previous is not None and name in previous.entries:
             original = previous.entries[name].original
-        entry = record.entries[name] = _entry(family, name, attn, chosen[name], original)
+        entry = record.entries[name] = _entry(family, record.sites[name][0], attn, chosen[name], original)
         entry.mechanism.layout = state.layout
         state.needs |= entry.mechanism.needs
     return record
 
 
-def _entry(family: Family, name: str, attn: nn.Module, config: MechanismConfig, original: Any) -> Entry:
+def _entry(family: Family, site: Site, attn: nn.Module, config: MechanismConfig, original: Any) -> Entry:
     if type(original).__name__ not in family.stock:
         raise NotImplementedError(
-            f"{name} has a {type(original).__name__}, which {type(config).__name__} cannot stand in for (fused "
+            f"{site.name} has a {type(original).__name__}, which {type(config).__name__} cannot stand in for (fused "
             "projections, PAG, IP-Adapter or another plugin). Set the model's default processors first."
         )
-    mechanism = config.build(family.site(name, attn))
+    family.check(site.name, attn)
+    mechanism = config.build(site)
     backend = getattr(original, "_attention_backend", None)
     if not mechanism.honours_backend and not is_default_backend(backend):
         raise ValueError(

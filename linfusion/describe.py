@@ -67,8 +67,8 @@ def describe(pipe_or_model: Any) -> Description:
     """Which attention layers were replaced, with which grid, and which were not and why.
 
     Works before and after `apply`; grids are known after the first forward. `attention_work_left` is the share of
-    the exact self-attention's query-key pairs (or their cost in a linear mechanism) that is still computed, over all
-    self-attention layers, at the sizes of the latest forward.
+    the exact self-attention's arithmetic (two products per query-key pair and channel, or what a linear mechanism
+    does instead) that is still done, over all self-attention layers, at the sizes of the latest forward.
 
     Raises:
         ValueError: an unsupported model.
@@ -83,21 +83,24 @@ def describe(pipe_or_model: Any) -> Description:
         prefix = "" if len(models) == 1 else f"{type(model).__name__}."
         for name, attn in attention_layers(model):
             entry = None if record is None else record.entries.get(name)
-            layout = None if record is None else record.layouts.get(name)
-            exact = 0.0 if layout is None else float(layout.tokens + layout.text) ** 2
+            exact = weight = 0.0
+            if record is not None and name in record.sites:
+                site, layout = record.sites[name]
+                text = layout.text if site.joint else 0
+                weight = site.heads * site.head_dim
+                exact = weight * float(layout.tokens + text) ** 2
             total += exact
             if entry is None or not isinstance(attn.processor, Processor):
                 done += exact
                 reason = _reason(family, name, attn, targets, entry)
                 reports.append(LayerReport(prefix + name, None, None, None, 0, reason))
                 continue
-            layout = entry.mechanism.layout
             grid = None if layout.grid is None else tuple(int(n) for n in layout.grid)
-            text = layout.text if family.joint and layout.tokens else None
             parameters = sum(p.numel() for p in entry.mechanism.parameters())
-            reports.append(LayerReport(prefix + name, str(entry.mechanism.config), grid, text, parameters, "replaced"))
+            shown = text if site.joint and layout.tokens else None
+            reports.append(LayerReport(prefix + name, str(entry.mechanism.config), grid, shown, parameters, "replaced"))
             if layout.tokens:
-                done += entry.mechanism.pairs(grid or (layout.tokens,), layout.text)
+                done += weight * entry.mechanism.pairs(grid or (layout.tokens,), text)
     name = " + ".join(dict.fromkeys(type(m).__name__ for m in models))
     return Description(name, tuple(reports), done / total if total else None)
 

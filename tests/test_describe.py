@@ -85,9 +85,11 @@ def test_attention_work_left_is_counted(tiny, model, pool):
             if getattr(model.get_submodule(name), "is_cross_attention", False):
                 continue
             here = half if name.startswith("mid_block") else grid
+            attn = model.get_submodule(name)
+            channels = attn.to_q.out_features
             full = (here[0] * here[1] + text) ** 2
-            exact += full
-            done += brute(here, text, 3, pool) if hasattr(model.get_submodule(name), "linfusion") else full
+            exact += channels * full
+            done += channels * (brute(here, text, 3, pool) if hasattr(attn, "linfusion") else full)
         assert lf.describe(model).attention_work_left == pytest.approx(done / exact, rel=1e-12)
 
 
@@ -101,8 +103,10 @@ def test_the_work_of_exact_and_of_linear_attention(tiny, model, inputs):
     for line in report.layers:
         if line.mechanism:
             n, t = line.grid[0] * line.grid[1] if line.grid else 54, line.text or 0
-            done += n * model.get_submodule(line.layer).linfusion.site.head_dim + t * (n + t) + n * t
-            exact += (n + t) ** 2
+            attn = model.get_submodule(line.layer)
+            channels = attn.to_q.out_features
+            done += channels * (n * attn.linfusion.site.head_dim + t * (n + t) + n * t)
+            exact += channels * (n + t) ** 2
     assert report.attention_work_left == pytest.approx(done / exact, rel=1e-12)
 
 

@@ -73,9 +73,9 @@ class Family:
         hosts: the modules whose forward tells the layout, as `(name, module)`.
         layout: `(host, args, kwargs, needs) -> Layout`, called before each of their forwards.
         site: `(name, attention module) -> Site`.
+        check: `(name, attention module)`, raises NotImplementedError for a layer that `processor` cannot reproduce.
         stock: class names of the processors whose maths `processor` reproduces; others are refused.
-        axes: of the token grid.
-        joint: whether text stands in the same sequence.
+        joint: whether text stands in the same sequence, in some layers at least.
     """
 
     model: str
@@ -85,7 +85,7 @@ class Family:
     layout: Callable[..., Layout]
     site: Callable[[str, nn.Module], Site]
     stock: frozenset[str]
-    axes: int = 2
+    check: Callable[[str, nn.Module], None] = lambda name, attn: None
     joint: bool = False
 
 

@@ -76,11 +76,14 @@ def patch_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[st
 
 
 def spatial_site(name: str, attn: HostLayer) -> Site:
+    return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.inner_dim // attn.heads)
+
+
+def plain(name: str, attn: HostLayer) -> None:
     if attn.group_norm is not None or attn.spatial_norm is not None or attn.residual_connection:
         raise NotImplementedError(f"{name}: attention with its own norm or residual is not supported.")
     if attn.rescale_output_factor != 1.0:
         raise NotImplementedError(f"{name}: rescale_output_factor={attn.rescale_output_factor} is not supported.")
-    return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.inner_dim // attn.heads)
 
 
 UNET = Family(
@@ -90,6 +93,7 @@ UNET = Family(
     hosts=transformers_2d,
     layout=unet_layout,
     site=spatial_site,
+    check=plain,
     stock=STOCK,
 )
 
@@ -100,5 +104,6 @@ PIXART = Family(
     hosts=lambda model: iter([("", model)]),
     layout=patch_layout,
     site=spatial_site,
+    check=plain,
     stock=STOCK,
 )

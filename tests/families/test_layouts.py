@@ -7,7 +7,7 @@ import linfusion as lf
 from linfusion.families.flux import ids_grid
 from linfusion.kernels import window_attention
 
-from ..models import TEXT, TINY, flux_ids, forward, gap, noise
+from ..models import TINY, flux_ids, forward, gap, grids_for, noise
 
 
 def grids(model) -> set:
@@ -17,17 +17,17 @@ def grids(model) -> set:
 def test_grids_are_the_hosts_own(tiny, model):
     lf.apply(model, lf.CLEAR(radius=2))
     assert grids(model) == {None}
-    for grid in ((6, 9), (9, 4), (1, 3), (18, 26)):
+    for grid in grids_for(tiny, (6, 9), (9, 4), (1, 3), (18, 26)):
         forward(model, tiny.inputs(*grid))
-        halved = {((grid[0] + 1) // 2, (grid[1] + 1) // 2)} if tiny.family.startswith("UNet") else set()
-        assert grids(model) == {grid} | halved
+        assert grids(model) == {run.grid for run in tiny.sequences(*grid)}
 
 
 def test_sizes_with_equally_many_tokens(tiny, model):
     """8 x 8 then 4 x 16 then 16 x 4: nothing is remembered by length."""
-    fresh = [forward(lf.apply(tiny.build(), lf.CLEAR(3)), tiny.inputs(*g)) for g in ((8, 8), (4, 16), (16, 4))]
+    sizes = grids_for(tiny, (8, 8), (4, 16), (16, 4))
+    fresh = [forward(lf.apply(tiny.build(), lf.CLEAR(3)), tiny.inputs(*g)) for g in sizes]
     lf.apply(model, lf.CLEAR(3))
-    for grid, want in zip(((8, 8), (4, 16), (16, 4)), fresh, strict=True):
+    for grid, want in zip(sizes, fresh, strict=True):
         assert torch.equal(forward(model, tiny.inputs(*grid)), want)
 
 
@@ -104,23 +104,27 @@ def test_reference_images_are_refused_by_the_op_where_the_host_is_compiled(ids):
 
 def test_a_layer_called_on_its_own_is_refused(tiny, model, inputs):
     """The layout is read where the whole host is called: without it the answer would be silently wrong."""
+    given, name = {}, replaced_layer(lf.apply(model, lf.CLEAR(3)))
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda module, args, kwargs: given.update(args=args, kwargs=kwargs), with_kwargs=True
+    )
+    forward(model, inputs)
+    handle.remove()
     for config in (lf.CLEAR(3), lf.LinFusion()):
-        lf.apply(model, config)
-        name = next(r.layer for r in lf.describe(model).layers if r.mechanism)
-        attn = model.get_submodule(name)
-        width = attn.linfusion.site.width
-        given = {"hidden_states": noise(2, 54, width)}
-        if lf.families()[tiny.family].joint:
-            given["encoder_hidden_states"] = noise(2, TEXT, width)
-        elif isinstance(config, lf.LinFusion):
+        attn = lf.apply(model, config).get_submodule(name)
+        if isinstance(config, lf.LinFusion) and not attn.linfusion.site.joint:
             continue  # linear attention over picture tokens alone needs no layout
-        with pytest.raises(ValueError, match="called on its own"):
-            attn(**given)
+        with pytest.raises(ValueError, match="called on its own"), torch.no_grad():
+            attn(*given["args"], **given["kwargs"])
+
+
+def replaced_layer(model) -> str:
+    return next(r.layer for r in lf.describe(model).layers if r.mechanism)
 
 
 def test_a_processor_without_its_mechanism_says_so(model, inputs):
     lf.apply(model, lf.CLEAR(3))
-    name = next(r.layer for r in lf.describe(model).layers if r.mechanism)
+    name = replaced_layer(model)
     del model.get_submodule(name).linfusion
     with pytest.raises(RuntimeError, match="no mechanism"):
         forward(model, inputs)

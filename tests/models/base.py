@@ -1,0 +1,143 @@
+"""What a tiny host is, and what tests do with one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from torch import Tensor, nn
+
+import linfusion as lf
+
+TEXT = 7
+"""Text tokens of every sample."""
+
+
+class Run(NamedTuple):
+    """One kind of self-attention sequence in a host: a token grid, with so many tokens before and after it."""
+
+    grid: tuple[int, ...]
+    before: int = 0
+    after: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.before + math.prod(self.grid) + self.after
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A host to test on.
+
+    Attributes:
+        family: the class name that `linfusion.families()` lists.
+        make: the model as its class initialises it.
+        inputs: `(height, width) -> forward's arguments` for batch 2, in tokens of the finest attention grid.
+        layers: how many self-attention layers it has.
+        some: a pattern that picks some of them.
+        pipeline: a pipeline around the model, without text encoders.
+        draw: `(pipeline, guidance) -> latents` of two prompts; 1.0 turns the guidance batch (or second pass) off.
+        frames: of video hosts, whose grids are `(frames, height, width)`.
+        square: hosts that take square grids only.
+        runs: `grid -> the sequences of its self-attention layers`; by default the grid alone, behind `TEXT` tokens
+            where the family is joint.
+        masks: `(grid, inside) -> {length: mask}` for hosts whose samples differ in where their tokens stand.
+    """
+
+    family: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int, int], dict]
+    layers: int
+    some: str
+    pipeline: Callable[[nn.Module], DiffusionPipeline] | None = None
+    draw: Callable[[DiffusionPipeline, float], Tensor] | None = None
+    frames: int | None = None
+    square: bool = False
+    runs: Callable[[tuple[int, ...]], list[Run]] | None = None
+    masks: Callable[..., dict[int, Tensor]] | None = None
+
+    def build(self) -> nn.Module:
+        """A model in which attention matters: what each layer attends to decides much of the output."""
+        torch.manual_seed(0)
+        return lively(self.make()).eval()
+
+    def build_pipeline(self) -> DiffusionPipeline:
+        assert self.pipeline is not None
+        pipe = self.pipeline(self.build())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def grid(self, height: int, width: int) -> tuple[int, ...]:
+        """The token grid that `inputs(height, width)` makes."""
+        return (height, width) if self.frames is None else (self.frames, height, width)
+
+    def sequences(self, height: int, width: int) -> list[Run]:
+        """Every kind of self-attention sequence in a forward of `inputs(height, width)`."""
+        grid = self.grid(height, width)
+        if self.runs is not None:
+            return self.runs(grid)
+        return [Run(grid, before=TEXT if lf.families()[self.family].joint else 0)]
+
+
+def grids_for(tiny: Tiny, *grids: tuple[int, int]) -> list[tuple[int, int]]:
+    """The grids a host can take; a square host gets a square one instead of those that are not."""
+    return [g for g in grids if g[0] == g[1]] or [(6, 6)] if tiny.square else list(grids)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Fresh hosts attend almost evenly and add almost nothing; here scores and outputs spread widely."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                nn.init.normal_(p, float(name.endswith("weight")), 0.2)
+            elif any(part in name for part in (".to_q.", ".to_k.", "add_q_proj", "add_k_proj")):
+                p.mul_(6)
+            elif any(part in name for part in (".to_v.", "to_out", "add_v_proj", "to_add_out")):
+                p.mul_(3)
+    return model
+
+
+def forward(model: nn.Module, inputs: dict) -> Tensor:
+    """The host's output, without gradients."""
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference, against the largest value of `b`. Rounding stays under 1e-5, mistakes go over 1e-2."""
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def processors(model: nn.Module) -> dict[str, object]:
+    """Every attention layer's processor, cross-attention included."""
+    return {name: m.processor for name, m in model.named_modules() if hasattr(m, "set_processor")}
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def vae() -> AutoencoderKL:
+    """Halves the size; four latent channels."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+        mid_block_add_attention=False, scaling_factor=1.0, shift_factor=0.0,
+    ).eval()  # fmt: skip
+
+
+def ddim() -> DDIMScheduler:
+    return DDIMScheduler(clip_sample=False, steps_offset=1)
+
+
+def draw(pipe: DiffusionPipeline, channels: int, **arguments) -> Tensor:
+    """Two steps on a grid that is not square, for two prompts given as embeddings."""
+    return pipe(
+        prompt_embeds=noise(2, TEXT, channels, seed=2), negative_prompt_embeds=noise(2, TEXT, channels, seed=3),
+        num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent", **arguments,
+    ).images  # fmt: skip

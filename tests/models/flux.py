@@ -1,0 +1,54 @@
+"""FLUX: text then picture in one sequence, double and single blocks."""
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from .base import TEXT, Tiny, draw, noise, vae
+
+
+def flux() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=24, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
+    )  # fmt: skip
+
+
+def flux_ids(height: int, width: int, frame: int = 0) -> Tensor:
+    """`img_ids` as FluxPipeline makes them."""
+    ids = torch.zeros(height, width, 3)
+    ids[..., 0] = frame
+    ids[..., 1] = torch.arange(height)[:, None]
+    ids[..., 2] = torch.arange(width)
+    return ids.reshape(-1, 3)
+
+
+def flux_inputs(height: int, width: int) -> dict:
+    return {
+        "hidden_states": noise(2, height * width, 16),
+        "encoder_hidden_states": noise(2, TEXT, 32, seed=2),
+        "pooled_projections": noise(2, 24, seed=3),
+        "timestep": torch.tensor([0.5, 0.7]),
+        "img_ids": flux_ids(height, width),
+        "txt_ids": torch.zeros(TEXT, 3),
+        "guidance": torch.tensor([3.0, 4.0]),
+    }
+
+
+def flux_pipeline(transformer: nn.Module) -> FluxPipeline:
+    return FluxPipeline(
+        vae=vae(), text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+def flux_draw(pipe: DiffusionPipeline, guidance: float) -> Tensor:
+    pooled = {"pooled_prompt_embeds": noise(2, 24, seed=4), "negative_pooled_prompt_embeds": noise(2, 24, seed=5)}
+    return draw(pipe, 32, height=24, width=40, guidance_scale=3.0, true_cfg_scale=guidance, **pooled)
+
+
+HOSTS = {
+    "flux": Tiny(
+        "FluxTransformer2DModel", flux, flux_inputs, 4, "single_transformer_blocks.*", flux_pipeline, flux_draw
+    ),
+}
