@@ -17,6 +17,7 @@ from .call import Layout, Site
 from .families import Family, family_of
 from .families.base import Processor, backend_name, is_default_backend
 from .mechanisms import Mechanism, MechanismConfig
+from .offload import without_sequential_offload
 
 Choice = MechanismConfig | Mapping[str, MechanismConfig]
 Layers = Callable[[str], bool] | str | Sequence[str] | None
@@ -85,9 +86,9 @@ def apply_adapter(pipe_or_model: Host, mechanism: Choice, layers: Layers, adapte
     for model, record in plans:
         if adapter is not None:
             adapter.check(model, {name: e.mechanism for name, e in record.entries.items()})
-    parameters = any(_has_parameters(record) for _, record in plans)
+    added = any(_has_parameters(record) for _, record in plans) or bool(adapter and adapter.host)
     done: list[tuple[nn.Module, Record | None]] = []
-    with _without_sequential_offload(pipe_or_model, parameters or bool(adapter and adapter.host)):
+    with without_sequential_offload(pipe_or_model, models, added or _has_originals(models)):
         try:
             for model, record in plans:
                 done.append((model, _replace(model, record, adapter)))
@@ -105,7 +106,7 @@ def restore(pipe_or_model: Host) -> Host:
         `pipe_or_model`; one that was never changed is left alone.
     """
     models = denoisers(pipe_or_model)
-    with _without_sequential_offload(pipe_or_model):
+    with without_sequential_offload(pipe_or_model, models, _has_originals(models)):
         for model in models:
             _detach(model)
     return pipe_or_model
@@ -135,7 +136,7 @@ def attn_processors(model: Any, mechanism: Choice, *, layers: Layers = None) -> 
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_processor"):
         raise ValueError(f"{type(model).__name__} has no set_attn_processor; use linfusion.apply.")
     record = _plan(model, mechanism, layers)
-    with _without_sequential_offload(model, _has_parameters(record)):
+    with without_sequential_offload(model, [model], _has_parameters(record) or _has_originals([model])):
         _replace(model, record, None, set_processors=False)
     processors: Any = model.attn_processors
     return dict(processors) | {f"{name}.processor": entry.processor for name, entry in record.entries.items()}
@@ -227,7 +228,9 @@ def _choose(names: list[str], mechanism: Choice, layers: Layers) -> dict[str, Me
     if layers is None or callable(layers):
         wanted = [n for n in names if layers is None or layers(n)]
     else:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
+        patterns = [layers] if isinstance(layers, str) else layers
+        if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+            raise ValueError(f"layers must be a pattern, several, or a predicate on the name, got {layers!r}.")
         for pattern in patterns:
             if not any(fnmatchcase(n, pattern) for n in names):
                 raise ValueError(f"layers={pattern!r} matches none of the {len(names)} layers ({_examples(names)}).")
@@ -308,6 +311,10 @@ def _detach(model: nn.Module) -> Record | None:
             del attn.linfusion
         if attn.processor is not entry.original:
             attn.set_processor(entry.original)
+        # while projections are fused, diffusers keeps what it will set again
+        kept = getattr(model, "original_attn_processors", None)
+        if kept is not None and kept.get(f"{name}.processor") is entry.processor:
+            kept[f"{name}.processor"] = entry.original
     for name in record.hosts:
         host = model.get_submodule(name)
         # found by function, not by handle: handles do not survive copies and pickles of the model
@@ -332,25 +339,6 @@ def _has_parameters(record: Record) -> bool:
     return any(True for entry in record.entries.values() for _ in entry.mechanism.parameters())
 
 
-@contextmanager
-def _without_sequential_offload(pipe_or_model: Any, parameters: bool = False) -> Iterator[None]:
-    """accelerate's per-layer offload keeps the values elsewhere: lift it while parameters are added or written.
-
-    `parameters` tells whether some are to come in; host parameters may have to go back in any case.
-    """
-    models = denoisers(pipe_or_model)
-    parameters = parameters or any(record.originals for m in models if (record := record_of(m)) is not None)
-    offloaded = any(p.device.type == "meta" for m in models for p in m.parameters())
-    if not (parameters and offloaded):
-        yield
-        return
-    if not hasattr(pipe_or_model, "enable_sequential_cpu_offload"):
-        raise ValueError(
-            "The model is offloaded layer by layer, so parameters cannot be added or put back: "
-            "do this to the pipeline, or before the model is offloaded."
-        )
-    pipe_or_model.remove_all_hooks()
-    try:
-        yield
-    finally:
-        pipe_or_model.enable_sequential_cpu_offload(device=getattr(pipe_or_model, "_offload_device", None))
+def _has_originals(models: Sequence[nn.Module]) -> bool:
+    """Whether host parameters have to go back when what is on comes off."""
+    return any(record.originals for m in models if (record := record_of(m)) is not None)

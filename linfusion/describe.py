@@ -37,7 +37,7 @@ class Description:
 
     @property
     def replaced(self) -> int:
-        """How many layers run a mechanism other than the host's own."""
+        """How many layers run a mechanism, `Softmax` included."""
         return sum(r.mechanism is not None for r in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,8 +97,9 @@ def describe(pipe_or_model: Any) -> Description:
                 continue
             grid = None if layout.grid is None else tuple(int(n) for n in layout.grid)
             parameters = sum(p.numel() for p in entry.mechanism.parameters())
+            note = "replaced" if "grid" in entry.mechanism.needs or grid else "replaced; needs no grid"
             shown = text if site.joint and layout.tokens else None
-            reports.append(LayerReport(prefix + name, str(entry.mechanism.config), grid, shown, parameters, "replaced"))
+            reports.append(LayerReport(prefix + name, str(entry.mechanism.config), grid, shown, parameters, note))
             if layout.tokens:
                 done += weight * entry.mechanism.pairs(grid or (layout.tokens,), text)
     name = " + ".join(dict.fromkeys(type(m).__name__ for m in models))

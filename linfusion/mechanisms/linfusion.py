@@ -59,8 +59,10 @@ class LinFusionAttention(Mechanism):
         return mix_text(call, image)
 
     def pairs(self, grid: tuple[int, ...], text: int) -> float:
-        tokens = math.prod(grid)
-        return tokens * self.site.head_dim + text * (tokens + text) + tokens * text
+        tokens, site = math.prod(grid), self.site
+        # two MLPs of two products each; a pair of one head is two dot products of length D
+        mlps = 2 * site.width * self.q_mlp[0].out_features / (site.heads * site.head_dim)
+        return tokens * (site.head_dim + mlps) + text * (tokens + text) + tokens * text
 
 
 def _residual_mlp(width: int, mid: int) -> nn.Sequential:
