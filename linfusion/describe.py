@@ -123,4 +123,8 @@ def _reason(family: Family, name: str, attn: nn.Module, targets: dict[str, nn.Mo
     parts = name.split(".")
     if any("temporal" in p or "motion" in p for p in parts):
         return "temporal attention"
+    if any("context" in p for p in parts):
+        return "text-only attention"
+    if parts[-1] == "attn2":  # some hosts do not say that theirs is
+        return "cross-attention"
     return f"not a self-attention layer of the {family.model} family ({class_names(attn)[0]})"
