@@ -144,10 +144,15 @@ def attn_processors(model: Any, mechanism: Choice, *, layers: Layers = None) -> 
 
 def denoisers(pipe_or_model: Any) -> list[nn.Module]:
     """The models whose attention counts: the pipeline's unet or transformers, or the model itself."""
+    return list(named_denoisers(pipe_or_model).values())
+
+
+def named_denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
+    """`denoisers` by the pipeline's names for them, which tell two of one class apart (Wan 2.2); "" for a model."""
     if isinstance(pipe_or_model, nn.Module):
-        return [getattr(pipe_or_model, "_orig_mod", pipe_or_model)]
-    found = [getattr(pipe_or_model, name, None) for name in COMPONENTS]
-    models = [getattr(m, "_orig_mod", m) for m in found if isinstance(m, nn.Module)]
+        return {"": getattr(pipe_or_model, "_orig_mod", pipe_or_model)}
+    found = {name: getattr(pipe_or_model, name, None) for name in COMPONENTS}
+    models = {name: getattr(m, "_orig_mod", m) for name, m in found.items() if isinstance(m, nn.Module)}
     if not models:
         raise ValueError(
             f"{type(pipe_or_model).__name__} has no {', '.join(COMPONENTS[:-1])}: pass a diffusers pipeline or model."

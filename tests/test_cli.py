@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     UNet2DModel,
 )
 from PIL import Image
-from transformers import T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 import linfusion as lf
 from linfusion.cli import main
 
-from .models import TINY
+from .models import HOSTS, TINY
 from .models.parts import clip, stable_diffusion, tokenizer, vae
+from .models.wan import wan_pipeline
 
 FIGURES = {
     "mechanism", "layers", "attention_work_left", "seconds_per_step", "psnr", "original_seconds_per_step", "size", "out"
@@ -44,6 +46,18 @@ def flux(tmp_path_factory) -> Path:
         vae=vae(), text_encoder=clip(24), tokenizer=tokenizer(), text_encoder_2=T5EncoderModel(t5).eval(),
         tokenizer_2=tokenizer(), transformer=TINY["flux"].build(), scheduler=FlowMatchEulerDiscreteScheduler(),
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory) -> Path:
+    """As Wan 2.2: two models of one class."""
+    folder = tmp_path_factory.mktemp("tiny-wan")
+    pipe = wan_pipeline(HOSTS["wan"].build(), HOSTS["wan"].build())
+    t5 = UMT5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    pipe.register_modules(vae=vae, text_encoder=UMT5EncoderModel(t5), tokenizer=tokenizer())
+    pipe.save_pretrained(folder)
     return folder
 
 
@@ -205,6 +219,18 @@ def test_describe(run, folder):
     assert report["replaced"] == 4 and {"layer", "mechanism", "reason"} <= report["layers"][0].keys()
 
 
+def test_describe_names_both_models_of_a_video_pipeline(run, wan):
+    more = ["--mechanism", "clear", "--radius", "2,4,4", "--json"]
+    code, out, err = run("describe", "--model", wan, "--device", "cpu", *more)
+    report = json.loads(out)
+    assert code == 0, err
+    assert report["model"] == "WanTransformer3DModel" and report["replaced"] == 4
+    layers = {r["layer"]: r["reason"] for r in report["layers"]}
+    assert len(layers) == len(report["layers"]) == 8
+    for part in ("transformer", "transformer_2"):
+        assert layers[f"{part}.blocks.1.attn1"] == "replaced" and layers[f"{part}.blocks.1.attn2"] == "cross-attention"
+
+
 # mistakes
 
 
@@ -288,6 +314,14 @@ def test_an_unsupported_model(run, tmp_path):
         assert "UNet2DModel is not supported. Supported: UNet2DConditionModel" in err
     code, _, err = run(*draw("ddpm"))  # nor draw from a prompt
     assert code == 2 and err.splitlines()[-1].startswith("linfusion: error: DDPMPipeline")
+
+
+def test_videos_are_not_drawn(run, wan, tmp_path):
+    """Before anything slow starts, and instead of a size that only pictures have."""
+    code, out, err = run(*draw(wan, "--mechanism", "clear", "--radius", 2))
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "WanPipeline makes videos" in err and "export_to_video" in err
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize(

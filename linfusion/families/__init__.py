@@ -6,9 +6,11 @@ from torch import nn
 
 from .base import Family, class_names
 from .flux import FLUX
+from .joint_video import COGVIDEOX, HUNYUAN_VIDEO
 from .spatial import PIXART, UNET
+from .video import LTX, WAN, WAN_VACE
 
-FAMILIES: dict[str, Family] = {f.model: f for f in (UNET, PIXART, FLUX)}
+FAMILIES: dict[str, Family] = {f.model: f for f in (UNET, PIXART, FLUX, WAN, WAN_VACE, LTX, COGVIDEOX, HUNYUAN_VIDEO)}
 
 # listed so that the refusal can say why
 REFUSED = {

@@ -118,8 +118,11 @@ def test_what_would_be_noticed(tiny, monkeypatch):
     if not tiny.square:
         assert gap(dense(monkeypatch, tiny, grid, disc(4), turned=True), got) > 1e-2, "rows are rows"
     if tiny.frames is not None:
-        flat = dense(monkeypatch, tiny, grid, lambda dt, dy, dx: dy * dy + dx * dx < 16)
-        assert gap(flat, got) > 1e-2, "frames are an axis"
+        # one frame away, a ball of radius 4 and a cylinder hold the same tokens: 15 is no sum of two squares, 8 is
+        ball = clear(tiny, grid, 3)
+        tube = dense(monkeypatch, tiny, grid, lambda dt, dy, dx: dy * dy + dx * dx < 9)
+        apart = dense(monkeypatch, tiny, grid, lambda dt, dy, dx: dt == 0 and dy * dy + dx * dx < 9)
+        assert gap(tube, ball) > 1e-2 and gap(apart, ball) > 1e-2, "frames are an axis"
     model = lf.apply(tiny.build(), lf.CLEAR(4), layers=tiny.some)
     assert gap(forward(model, tiny.inputs(*grid)), got) > 1e-2, "every layer counts"
     if tiny.masks is None and any(run.before or run.after for run in tiny.sequences(*grid)):
