@@ -191,7 +191,7 @@ def test_settings_on_the_command_line(run, sd):
     def mechanism(*more):
         code, out, err = run("describe", "--model", sd, "--device", "cpu", "--json", *more)
         assert code == 0, err
-        return next(r["mechanism"] for r in json.loads(out)["layers"] if r["reason"] == "replaced")
+        return next(r["mechanism"] for r in json.loads(out)["layers"] if r["mechanism"])
 
     assert mechanism("--mechanism", "clear", "--radius", "2.5") == str(lf.CLEAR(radius=2.5, pool=1))
     assert mechanism("--mechanism", "clear", "--radius", "4,8", "--pool", "2") == str(lf.CLEAR(radius=(4, 8), pool=2))

@@ -76,6 +76,7 @@ class Family:
         check: `(name, attention module)`, raises NotImplementedError for a layer that `processor` cannot reproduce.
         stock: class names of the processors whose maths `processor` reproduces; others are refused.
         joint: whether text stands in the same sequence, in some layers at least.
+        text: `(site, layout)`, how many tokens outside the grid that layer's sequence has.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Family:
     stock: frozenset[str]
     check: Callable[[str, nn.Module], None] = lambda name, attn: None
     joint: bool = False
+    text: Callable[[Site, Layout], int] = lambda site, layout: layout.text if site.joint else 0
 
 
 def class_names(module: nn.Module) -> list[str]:

@@ -1,14 +1,16 @@
-"""Plain self-attention over picture tokens: UNets (SD 1.5, 2.1, XL) and PixArt."""
+"""Self-attention over picture tokens alone: UNets (SD, AnimateDiff, SVD, ControlNet), PixArt, DiT and HunyuanDiT."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..call import AttnCall, Layout, Norms, Site
+from ..call import AttnCall, Layout, Norms, Rope, Site
 from .base import Family, HostLayer, Processor, argument, class_names, to_heads
+from .flux import flux_rope
 
 STOCK = frozenset({"AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"})
 
@@ -24,6 +26,17 @@ class SpatialProcessor(Processor):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
+        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, None)
+
+    def attend(
+        self,
+        attn: HostLayer,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        rope: Rope | None,
+    ) -> Tensor:
+        """What all hosts of this file share; `rope` is the host's rotation, of every token."""
         mechanism = self.mechanism(attn, attention_mask)
         if encoder_hidden_states is not None:
             raise ValueError(f"{mechanism.site.name} was called as cross-attention, which linfusion does not replace.")
@@ -40,9 +53,24 @@ class SpatialProcessor(Processor):
         norms = None
         if attn.norm_q is not None or attn.norm_k is not None:
             norms = Norms(attn.norm_q or nn.Identity(), attn.norm_k or nn.Identity())
-        call = AttnCall(q, k, v, grid=mechanism.layout.grid, norms=norms, mask=mask)
+        call = AttnCall(q, k, v, grid=mechanism.layout.grid, norms=norms, rope=rope, mask=mask)
         out = mechanism(call).flatten(2).to(q.dtype)
         return attn.to_out[1](attn.to_out[0](out))
+
+
+class HunyuanDiTProcessor(SpatialProcessor):
+    """The same with a rotation; stock sets its processor on self- and cross-attention alike."""
+
+    def __call__(
+        self,
+        attn: HostLayer,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, flux_rope(image_rotary_emb))
 
 
 def self_attention(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -57,9 +85,12 @@ def self_attention(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def transformers_2d(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The UNet's 2-D transformers: each one's input is the exact grid of its blocks, odd sizes included."""
+    """The UNet's spatial transformers: each one's input is the exact grid of its blocks, odd sizes included.
+
+    In video UNets that is every frame as a picture of its own: `[B * frames, C, height, width]`.
+    """
     for name, module in model.named_modules():
-        if "Transformer2DModel" in class_names(module):
+        if not {"Transformer2DModel", "TransformerSpatioTemporalModel"}.isdisjoint(class_names(module)):
             yield name, module
 
 
@@ -97,13 +128,14 @@ UNET = Family(
     stock=STOCK,
 )
 
-PIXART = Family(
-    model="PixArtTransformer2DModel",
-    processor=SpatialProcessor,
-    layers=self_attention,
-    hosts=lambda model: iter([("", model)]),
-    layout=patch_layout,
-    site=spatial_site,
-    check=plain,
-    stock=STOCK,
+MOTION_UNET = replace(UNET, model="UNetMotionModel")
+SPATIO_TEMPORAL_UNET = replace(UNET, model="UNetSpatioTemporalConditionModel")
+CONTROLNET = replace(UNET, model="ControlNetModel")
+PIXART = replace(UNET, model="PixArtTransformer2DModel", hosts=lambda model: iter([("", model)]), layout=patch_layout)
+DIT = replace(PIXART, model="DiTTransformer2DModel")
+HUNYUAN_DIT = replace(
+    PIXART,
+    model="HunyuanDiT2DModel",
+    processor=HunyuanDiTProcessor,
+    stock=frozenset({"HunyuanAttnProcessor2_0"}),
 )
