@@ -29,7 +29,8 @@ class MechanismConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready settings, with the name."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        settings = dataclasses.asdict(self)
+        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
     def __str__(self) -> str:
         """As one would write it: settings at their defaults are left out."""
