@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ class SpatialProcessor(Processor):
         mechanism = self.mechanism(attn, attention_mask)
         if encoder_hidden_states is not None:
             raise ValueError(f"{mechanism.site.name} was called as cross-attention, which linfusion does not replace.")
+        merged = mechanism.merge(hidden_states) if mechanism.merges_tokens else None
+        if merged is not None:
+            hidden_states = merged.tokens
         mask = attention_mask
         if mask is not None:
             batch, tokens, _ = hidden_states.shape
@@ -41,8 +45,11 @@ class SpatialProcessor(Processor):
         if attn.norm_q is not None or attn.norm_k is not None:
             norms = Norms(attn.norm_q or nn.Identity(), attn.norm_k or nn.Identity())
         call = AttnCall(q, k, v, grid=mechanism.layout.grid, norms=norms, mask=mask)
+        if merged is not None and merged.agents is not None:
+            call.agents = to_heads(attn.to_q(merged.agents), head_dim)
         out = mechanism(call).flatten(2).to(q.dtype)
-        return attn.to_out[1](attn.to_out[0](out))
+        out = attn.to_out[1](attn.to_out[0](out))
+        return out if merged is None else merged.expand(out)
 
 
 def self_attention(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -66,6 +73,24 @@ def transformers_2d(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def unet_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
     height, width = argument(args, kwargs, 0, "hidden_states").shape[-2:]
     return Layout((height, width), tokens=height * width)
+
+
+def unet_levels(model: nn.Module) -> dict[str, int]:
+    """Each block halves the grid of the one above it; counted from the finest with self-attention."""
+    down = len(getattr(model, "down_blocks", ()))
+    depths = {}
+    for name, _ in self_attention(model):
+        part, _, rest = name.partition(".")
+        block = int(rest.split(".")[0]) if part != "mid_block" else down - 1
+        depths[name] = down - 1 - block if part == "up_blocks" else block
+    finest = min(depths.values(), default=0)
+    return {name: depth - finest for name, depth in depths.items()}
+
+
+def thousandths(model: HostLayer, args: tuple, kwargs: dict, position: int = 1) -> float:
+    """Time of hosts whose `timestep` runs from 1000 (noise) to 0."""
+    time = argument(args, kwargs, position, "timestep")
+    return float(time.flatten()[0] if isinstance(time, Tensor) else time) / 1000
 
 
 def patch_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
@@ -95,6 +120,8 @@ UNET = Family(
     site=spatial_site,
     check=plain,
     stock=STOCK,
+    levels=unet_levels,
+    time=thousandths,
 )
 
 PIXART = Family(
@@ -106,4 +133,5 @@ PIXART = Family(
     site=spatial_site,
     check=plain,
     stock=STOCK,
+    time=partial(thousandths, position=2),
 )
