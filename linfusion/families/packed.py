@@ -206,11 +206,11 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def lumina2_site(name: str, attn: HostLayer) -> Site:
     head_dim = attn.inner_dim // attn.heads
-    return Site(name, attn.query_dim, attn.heads, head_dim, joint=name.startswith("layers."))
+    return Site(name, attn.query_dim, attn.heads, head_dim, joint=name.startswith("layers."), rotary=True)
 
 
 def z_image_site(name: str, attn: HostLayer) -> Site:
-    return Site(name, attn.query_dim, attn.heads, attn.inner_dim // attn.heads, joint=True)
+    return Site(name, attn.query_dim, attn.heads, attn.inner_dim // attn.heads, joint=True, rotary=True)
 
 
 LUMINA2 = Family(
