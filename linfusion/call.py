@@ -24,6 +24,8 @@ class Site:
         heads, head_dim: of the queries.
         axes: of the token grid, 2 for pictures, 3 for video.
         joint: whether text tokens stand in the same sequence.
+        rotary: whether the host rotates queries and keys by their place on the grid.
+        level: halvings between the model's finest attention grid and this layer's (UNets).
     """
 
     name: str
@@ -32,6 +34,8 @@ class Site:
     head_dim: int
     axes: int = 2
     joint: bool = False
+    rotary: bool = False
+    level: int = 0
 
 
 @dataclass
@@ -47,6 +51,27 @@ class Layout:
     text: int = 0
     text_first: bool = True
     text_mask: Tensor | None = None
+
+
+@dataclass
+class Clock:
+    """Where on the noise schedule the model's latest forward was: 1 is pure noise, 0 the picture, None is unknown."""
+
+    time: float | None = None
+
+
+class Merged(NamedTuple):
+    """What a mechanism that merges tokens hands to the host's projections, and the way back.
+
+    Attributes:
+        tokens: `[B, M, C]`, to be projected instead of the hidden states `[B, N, C]`.
+        agents: `[B, A, C]`, to be projected as queries too, or None.
+        expand: takes the layer's output `[B, M, C]` to `[B, N, C]`.
+    """
+
+    tokens: Tensor
+    agents: Tensor | None
+    expand: Callable[[Tensor], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -98,6 +123,7 @@ class AttnCall:
         exact: the host's own attention, `exact(q, k, v, mask=None)` on `[B, S, H, D]`; k and v with the heads that
             they have here.
         mask: whatever mask the host brought for the whole sequence; only `Softmax` can honour it.
+        agents: `[B, A, H, D]`, queries of the agents of a mechanism that merges tokens.
     """
 
     q: Tensor
@@ -112,6 +138,7 @@ class AttnCall:
     scale: float | None = None
     exact: Callable[..., Tensor] = sdpa
     mask: Tensor | None = None
+    agents: Tensor | None = None
     _normalised: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _rotated: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 

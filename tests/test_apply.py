@@ -446,3 +446,25 @@ def test_context_parallelism_is_refused(model, before):
             processor._parallel_config = SimpleNamespace(context_parallel_config=object())
     with pytest.raises(NotImplementedError, match="context parallelism"):
         forward(model, before.inputs)
+
+
+@pytest.mark.parametrize("name", ["unet-sd15", "flux"])
+def test_fused_while_on_and_split_after_restore(name):
+    """diffusers keeps the processors it found to set them again: ours must not come back that way."""
+    tiny = TINY[name]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+    stock = forward(model, inputs)
+    lf.apply(model, lf.CLEAR(2))
+    model.fuse_qkv_projections()
+    lf.restore(model)
+    model.unfuse_qkv_projections()
+    assert gap(forward(model, inputs), stock) < 1e-6
+    assert gap(forward(lf.apply(model, lf.CLEAR(2)), inputs), stock) > 1e-2
+    lf.restore(model)
+    assert not any(type(p).__module__.startswith("linfusion") for p in processors(model).values())
+
+
+@pytest.mark.parametrize("layers", [3, [3], {"*": 1}.items()], ids=str)
+def test_layers_that_are_no_patterns(model, layers):
+    with pytest.raises(ValueError, match="layers must be a pattern"):
+        lf.apply(model, lf.CLEAR(2), layers=layers)

@@ -192,7 +192,7 @@ def test_nothing_to_save(tmp_path, model):
     with pytest.raises(ValueError, match=r"host='nowhere\.\*' matches no parameter"):
         lf.save(model, tmp_path / "a", host=["*to_q*", "nowhere.*"])
     assert not (tmp_path / "a").exists()
-    with pytest.raises(OSError, match="missing"):
+    with pytest.raises(ValueError, match="missing/a: it must be a folder"):
         lf.save(model, tmp_path / "missing" / "a")
     assert not list(tmp_path.iterdir())
 

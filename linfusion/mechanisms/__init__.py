@@ -6,13 +6,14 @@ import dataclasses
 from typing import Any
 
 from .agent import Agent
+from .agent_sd import AgentSD
 from .base import Mechanism, MechanismConfig
 from .clear import CLEAR
 from .linfusion import LinFusion
 from .lit import LiT
 from .softmax import Softmax
 
-MECHANISMS: dict[str, type[MechanismConfig]] = {c.name: c for c in (Softmax, LinFusion, CLEAR, LiT, Agent)}
+MECHANISMS: dict[str, type[MechanismConfig]] = {c.name: c for c in (Softmax, LinFusion, CLEAR, LiT, Agent, AgentSD)}
 
 
 def mechanisms() -> dict[str, type[MechanismConfig]]:
@@ -38,6 +39,7 @@ def config_from_dict(settings: dict[str, Any]) -> MechanismConfig:
 __all__ = [
     "CLEAR",
     "Agent",
+    "AgentSD",
     "LiT",
     "LinFusion",
     "Mechanism",

@@ -59,7 +59,10 @@ class LinFusionAttention(Mechanism):
         return attend(call, self.config.text, feature_map="elu1", eps=self.config.eps)
 
     def pairs(self, grid: tuple[int, ...], text: int) -> float:
-        return linear_pairs(math.prod(grid), text, self.config.text, self.site.head_dim)
+        tokens, site = math.prod(grid), self.site
+        # two MLPs of two products each; a pair of one head is two dot products of length D
+        mlps = 2 * site.width * self.q_mlp[0].out_features / (site.heads * site.head_dim)
+        return tokens * mlps + linear_pairs(tokens, text, self.config.text, site.head_dim)
 
 
 def _residual_mlp(width: int, mid: int) -> nn.Sequential:
