@@ -82,15 +82,15 @@ def check_kernel(v: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     """A depthwise convolution's weight as `[H * D, 1, k, k]` and bias as `[H * D]`, both in the dtype of v.
 
     Raises:
-        ValueError: an even kernel, or weights for another number of channels than `v` `[B, N, H, D]` has.
+        ValueError: a kernel without a centre, or weights for another number of channels than `v` `[B, N, H, D]` has.
     """
     if v.ndim != 4:
         raise ValueError(f"v must be [B, N, H, D], got shape {tuple(v.shape)}.")
     heads, dim = v.shape[2:]
     if weight.ndim != 3 or weight.shape[0] not in (dim, heads * dim):
         raise ValueError(f"weight must be [{dim} or {heads * dim}, k, k], got shape {tuple(weight.shape)}.")
-    if weight.shape[1] % 2 == 0 or weight.shape[2] % 2 == 0:
-        raise ValueError(f"An even kernel has no centre: weight must be [C, k, k], k odd, got {tuple(weight.shape)}.")
+    if weight.shape[1] != weight.shape[2] or weight.shape[1] % 2 == 0:
+        raise ValueError(f"weight must be [C, k, k], k odd so that there is a centre, got shape {tuple(weight.shape)}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}] as the weight, got shape {tuple(bias.shape)}.")
     copies = heads * dim // weight.shape[0]

@@ -23,7 +23,7 @@ def depthwise_conv(v: Tensor, *, grid: Sequence[int] | Tensor, weight: Tensor, b
         `[B, N, H, D]`.
 
     Raises:
-        ValueError: a grid that does not match N, an even k, weights for another number of channels.
+        ValueError: a grid that does not match N, a kernel without a centre, weights for another number of channels.
     """
     weight, bias = check_kernel(v, weight, bias)
     if isinstance(grid, Tensor):
@@ -42,7 +42,7 @@ def _tokens(image: Tensor, like: Tensor) -> Tensor:
 
 
 def _settings(weight: Tensor) -> dict[str, Any]:
-    return {"padding": (weight.shape[2] // 2, weight.shape[3] // 2), "groups": weight.shape[0]}
+    return {"padding": (weight.shape[-1] // 2,) * 2, "groups": weight.shape[0]}
 
 
 # the op exists for whole-model torch.compile of hosts whose grid is a tensor: rows and columns are only known at run

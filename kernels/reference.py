@@ -77,11 +77,11 @@ def depthwise_conv(v: Tensor, *, grid: Sequence[int], weight: Tensor, bias: Tens
     h, w = check_grid(grid, v.shape[1], 0, None, v.shape[0])[-2:]
     kernel, shift = check_kernel(v, weight, bias)
     image, kernel = _wide(v.reshape(-1, h, w, v.shape[2] * v.shape[3]), kernel[:, 0])
-    rows, columns = kernel.shape[1:]
-    image = F.pad(image, (0, 0, columns // 2, columns // 2, rows // 2, rows // 2))
+    size, reach = kernel.shape[-1], kernel.shape[-1] // 2
+    image = F.pad(image, (0, 0, reach, reach, reach, reach))
     out = image.new_zeros(()) if shift is None else shift
-    for y in range(rows):
-        for x in range(columns):
+    for y in range(size):
+        for x in range(size):
             out = out + image[:, y : y + h, x : x + w] * kernel[:, y, x]
     return out.reshape(v.shape).to(v.dtype)
 

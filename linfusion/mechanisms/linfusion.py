@@ -61,7 +61,7 @@ class LinFusionAttention(Mechanism):
     def pairs(self, grid: tuple[int, ...], text: int) -> float:
         tokens, site = math.prod(grid), self.site
         # two MLPs of two products each; a pair of one head is two dot products of length D
-        mlps = 2 * site.width * self.q_mlp[0].out_features / (site.heads * site.head_dim)
+        mlps = 2 * site.width * (self.config.mid_dim or site.width) / (site.heads * site.head_dim)
         return tokens * mlps + linear_pairs(tokens, text, self.config.text, site.head_dim)
 
 

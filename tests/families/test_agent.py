@@ -101,12 +101,12 @@ def test_more_agents_than_tokens(tiny, model, inputs):
     """Only the grid tells, so the first call says so; the model still restores."""
     stock = forward(model, inputs)
     lf.apply(model, lf.Agent(1000))
-    with pytest.raises(ValueError, match=r"attn.*: 1000 agents are more than the grid's \d+ tokens"):
+    with pytest.raises(ValueError, match=r"att.*: 1000 agents are more than the grid's \d+ tokens"):
         forward(model, inputs)
     lf.restore(model)
     assert torch.equal(forward(model, inputs), stock)
 
 
 def test_cells_for_another_rank_are_refused_when_applied(tiny, model):
-    with pytest.raises(ValueError, match=r"attn.*agents=\(1, 2(, 2)?(, 1)?\) has \d axes, the grid has \d"):
+    with pytest.raises(ValueError, match=r"att.*agents=\(1, 2(, 2)?(, 1)?\) has \d axes, the grid has \d"):
         lf.apply(model, lf.Agent((1, 2) if tiny.frames else (1, 2, 2)))

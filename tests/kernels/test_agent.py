@@ -128,10 +128,9 @@ def test_pooling_tells_rows_from_columns():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_means_of_large_cells_keep_their_precision(dtype):
-    x = (torch.randn(1, 128 * 128, 1, 4) + 30).to(dtype)  # their sum is beyond fp16
-    got = pool_agents(x, grid=(128, 128), agents=1).double()
-    want = x.double().mean(1, keepdim=True)
-    assert (got - want).abs().max() <= torch.finfo(dtype).eps * want.abs().max()
+    x = (torch.randn(1, 70 * 113, 1, 64) + 30).to(dtype)  # their sum is beyond fp16; 1 / 7910 is far off in both types
+    error = (pool_agents(x, grid=(70, 113), agents=1).double() - x.double().mean(1, keepdim=True)).abs().max()
+    assert error <= 0.51 * 16 * torch.finfo(dtype).eps  # one rounding of a number between 16 and 32
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["known", "tensor"])
@@ -192,6 +191,10 @@ def test_weights_made_in_inference_mode_serve_training_and_survive_changes():
         pool_agents(x.detach(), grid=(3, 11), agents=4).zero_()
         resize_bias(table.detach(), grid=(3, 11), tokens=33).zero_()
     torch.ops.linfusion.agent_weights(None, [3, 11], [4], 33, torch.float32, torch.device("cpu")).zero_()
+    torch.ops.linfusion.resize_weights(None, [3, 11], [7, 7], 33, torch.float32, torch.device("cpu")).zero_()
+    torch.testing.assert_close(
+        resize_bias(table, grid=(3, 11), tokens=33), reference.resize_bias(table, grid=(3, 11), tokens=33)
+    )
     out = pool_agents(x, grid=(3, 11), agents=4)
     torch.testing.assert_close(out, reference.pool_agents(x, grid=(3, 11), agents=4))
     (out.sum() + resize_bias(table, grid=(3, 11), tokens=33).sum()).backward()

@@ -117,8 +117,8 @@ def test_compiles_whole():
 
 
 BAD = {
-    "even": (dict(weight=torch.randn(8, 2, 2)), "An even kernel has no centre"),
-    "even in one direction": (dict(weight=torch.randn(8, 3, 4)), "An even kernel has no centre"),
+    "even": (dict(weight=torch.randn(8, 2, 2)), "k odd so that there is a centre"),
+    "not square": (dict(weight=torch.randn(8, 3, 5)), r"weight must be \[C, k, k\]"),
     "other channels": (dict(weight=torch.randn(5, 3, 3)), r"weight must be \[8 or 16, k, k\]"),
     "one axis": (dict(weight=torch.randn(8, 3)), r"weight must be \[8 or 16, k, k\]"),
     "other bias": (dict(bias=torch.randn(16)), r"bias must be \[8\]"),

@@ -153,11 +153,18 @@ def test_padding_has_no_say(name, text_first):
     torch.testing.assert_close(outs[0][0][PADDED], outs[1][0][PADDED])
 
 
+def naive(q, k, v, mask=None):
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 8**-0.5
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_sample_without_any_text(name):
     """As if it stood alone, and its gradients are finite."""
     mechanism, call = build(CONFIGS[name]), make(mask=torch.tensor([[True] * 3, [False] * 3]))
     call.q.requires_grad_()
+    call.exact = naive  # not every backend answers an empty row with zeros, as PyTorch's does
     image = call.split(mechanism(call))[1]
     torch.testing.assert_close(image[1], mechanism(without_text(call))[1])
     image.sum().backward()

@@ -46,6 +46,9 @@ def test_agent(agents, cells):
     )
     want = agent_attention(call.q, call.k, call.v, pooled, key_bias=b1, query_bias=b2.mT)
     torch.testing.assert_close(mechanism(call), want + convolved(call.v, mechanism.local))
+    call.scale = 1.5  # the host's own
+    want = agent_attention(call.q, call.k, call.v, pooled, scale=1.5, key_bias=b1, query_bias=b2.mT)
+    torch.testing.assert_close(mechanism(call), want + convolved(call.v, mechanism.local))
 
 
 def test_agents_are_counted_per_axis():
