@@ -20,6 +20,16 @@ else:
     from .linear import linear_attention
     from .pool import pool_grid
     from .rotary import RopeTables, rotate
+    from .sparse_linear import sparse_linear_attention, sparse_linear_pairs
     from .window import window_attention, window_pairs
 
-    __all__ = ["RopeTables", "linear_attention", "pool_grid", "rotate", "window_attention", "window_pairs"]
+    __all__ = [
+        "RopeTables",
+        "linear_attention",
+        "pool_grid",
+        "rotate",
+        "sparse_linear_attention",
+        "sparse_linear_pairs",
+        "window_attention",
+        "window_pairs",
+    ]
