@@ -66,9 +66,9 @@ class Problem:
         self.context_mask = None if context_mask is None else context_mask.repeat_interleave(heads, dim=0)
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.pooled_q = block_means(self.q, self.queries, self.wide)
-        pooled_k = block_means(self.k, self.keys, self.wide)
-        mean_k = k.mean(dim=1, dtype=self.wide).flatten(0, 1)
-        self.pooled_k = pooled_k - mean_k[:, None]
+        # what all keys share cannot change the order within a row, only drown it in rounding
+        centred = k - k.mean(dim=1, keepdim=True, dtype=self.wide)
+        self.pooled_k = block_means(to_blocks(centred, routing.block_k), self.keys, self.wide)
         self.chosen, self.dropped = block_counts(routing.topk, routing.skip, self.k.shape[1])
 
     def chunks(self) -> Iterator[Chunk]:

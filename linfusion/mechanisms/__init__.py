@@ -8,9 +8,10 @@ from typing import Any
 from .base import Mechanism, MechanismConfig
 from .clear import CLEAR
 from .linfusion import LinFusion
+from .sla import SLA
 from .softmax import Softmax
 
-MECHANISMS: dict[str, type[MechanismConfig]] = {c.name: c for c in (Softmax, LinFusion, CLEAR)}
+MECHANISMS: dict[str, type[MechanismConfig]] = {c.name: c for c in (Softmax, LinFusion, CLEAR, SLA)}
 
 
 def mechanisms() -> dict[str, type[MechanismConfig]]:
@@ -33,4 +34,4 @@ def config_from_dict(settings: dict[str, Any]) -> MechanismConfig:
     return MECHANISMS[name](**settings)
 
 
-__all__ = ["CLEAR", "LinFusion", "Mechanism", "MechanismConfig", "Softmax", "config_from_dict", "mechanisms"]
+__all__ = ["CLEAR", "SLA", "LinFusion", "Mechanism", "MechanismConfig", "Softmax", "config_from_dict", "mechanisms"]

@@ -209,14 +209,18 @@ def test_the_share_is_rounded_down_to_blocks():
     assert [seen(t) for t in (0.001, 0.019, 0.02, 0.29, 0.295, 0.57, 1.0)] == [1, 1, 2, 29, 29, 57, 100]
 
 
-def test_the_routing_ignores_an_offset_of_all_keys():
-    """k less its mean: what all keys share says nothing about which to choose, nor does it in fp32."""
+def test_the_routing_survives_an_offset_of_all_keys():
+    """k less its mean: what all keys share says nothing about which to choose, and must not drown the rest in fp32."""
     (q, k, v, *_), _ = inputs(256, dtype=torch.float32)
-    settings = dict(topk=0.25, block_q=16, block_k=16, linear="complement", feature_map="elu1")
-    far = k + 300 * torch.ones(8)
-    shifted = sparse_linear_attention(q, far, v, **settings, return_parts=True)[0]
-    plain = sparse_linear_attention(q, k, v, **settings, return_parts=True)[0]
-    torch.testing.assert_close(shifted, plain, rtol=0, atol=2e-3)
+    k = k.detach() + 3e5
+    routing = sparse_linear_torch.Routing(0.25, 0.0, 16, 16)
+    problem = sparse_linear_torch.Problem(q, k, v, k[:, :0], v[:, :0], None, routing)
+    (chunk,) = problem.chunks()
+    want = reference.block_classes(q.double(), k.double(), 0.25, 0.0, 16, 16) == 0
+    assert torch.equal(chunk.rest.bool(), want.flatten(0, 1))
+    problem.pooled_k = problem.pooled_k + 3e5  # as if the mean had stayed
+    (chunk,) = problem.chunks()
+    assert not torch.equal(chunk.rest.bool(), want.flatten(0, 1))
 
 
 def test_queries_of_another_length():
