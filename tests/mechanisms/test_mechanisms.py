@@ -164,7 +164,7 @@ def test_a_rotation_of_the_image_leaves_the_text():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "nope"}, "Available: softmax, linfusion, clear"),
+        ({"name": "nope"}, "Available: softmax, linfusion, clear, sla"),
         ({"name": "clear", "radius": 0}, "radius must be positive"),
         ({"name": "clear", "radius": -1.5}, "radius must be positive"),
         ({"name": "clear", "radius": True}, "radius must be positive"),

@@ -1,0 +1,174 @@
+"""`SLA` inside each host against the host itself, whose own attention is given the dense masks worked out here."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+
+import linfusion as lf
+
+from ..models import TEXT, TINY, flux, forward, gap, lively
+
+GRIDS = [(6, 9), (9, 4), (5, 7)]
+CONFIGS = [
+    lf.SLA(topk=0.5, block_q=16, block_k=16),
+    lf.SLA(topk=0.3, block_q=32, block_k=16, linear="complement", feature_map="elu1"),
+    lf.SLA(topk=0.3, block_q=16, block_k=16, linear="marginal", skip=0.3),
+]
+
+
+def projection(dim):
+    """Made-up trained values, the same in every layer of that head dim."""
+    generator = torch.Generator().manual_seed(dim)
+    return torch.randn(dim, dim, generator=generator) / dim**0.5, torch.randn(dim, generator=generator)
+
+
+def train(model):
+    for module in model.modules():
+        if isinstance(getattr(module, "linfusion", None), torch.nn.Module):
+            weight, bias = projection(module.linfusion.site.head_dim)
+            module.linfusion.linear_weight.data.copy_(weight)
+            module.linfusion.linear_bias.data.copy_(bias)
+    return model
+
+
+def wide(x):
+    """Arguments in float64: in fp32 the hosts themselves spread one layer's rounding to more than is to be allowed."""
+    if isinstance(x, dict):
+        return {k: wide(v) for k, v in x.items()}
+    return x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+
+
+def sla(tiny, grid, config, trained=True, layers=None):
+    model = lf.apply(tiny.build().double(), config, layers=layers)
+    return forward(train(model) if trained else model, wide(tiny.inputs(*grid)))
+
+
+def maps(q, k, text, c):
+    """`[B, H, S, S]` masks: what the softmax sees, and what the linear part sums; text stands first."""
+    n = q.shape[2] - text
+    tokens = torch.arange(n)
+    row_of, column_of = tokens // c.block_q, tokens // c.block_k
+    # membership matrices divided by how many belong: one row a block
+    pool_q, pool_k = (F.one_hot(x).T.to(q.dtype) for x in (row_of, column_of))
+    pool_q, pool_k = (x / x.sum(-1, keepdim=True) for x in (pool_q, pool_k))
+    image_q, image_k = q[:, :, text:], k[:, :, text:]
+    scores = (pool_q @ image_q) @ (pool_k @ (image_k - image_k.mean(2, keepdim=True))).transpose(-1, -2)
+    blocks = scores.shape[-1]
+    count, drop = max(1, int(c.topk * blocks)), int(c.skip * blocks)
+    better = (scores[..., None, :] > scores[..., None]).sum(-1)  # how many blocks go before this one
+    chosen, rest = better < count, (better >= count) & (better < blocks - drop)
+    seen = torch.ones(*q.shape[:2], text + n, text + n, dtype=torch.bool)
+    seen[:, :, text:, text:] = chosen[:, :, row_of][..., column_of]
+    summed = torch.zeros_like(seen)
+    if c.linear == "all":
+        summed[:, :, text:] = True
+    else:
+        summed[:, :, text:, text:] = rest[:, :, row_of][..., column_of]
+    return seen, summed
+
+
+def dense(monkeypatch, tiny, grid, config, *, text=None, trained=True):
+    """The stock model with its own attention under those masks, the linear part added as a matrix of weights.
+
+    `text` is how many tokens are taken for text: another number than the real one is a mistake to be noticed.
+    """
+    joint = lf.families()[tiny.family].joint
+    text = (TEXT if joint else 0) if text is None else text
+    phi = {"softmax": lambda x: x.softmax(-1), "elu1": lambda x: torch.where(x > 0, x + 1, x.exp())}[config.feature_map]
+    real, seen_lengths = F.scaled_dot_product_attention, []
+
+    def masked(query, key, value, attn_mask=None, **settings):
+        if query.shape[2] != key.shape[2]:  # cross-attention
+            return real(query, key, value, attn_mask=attn_mask, **settings)
+        assert attn_mask is None
+        seen_lengths.append(query.shape[2])
+        seen, summed = maps(query, key, text, config)
+        out = real(query, key, value, attn_mask=seen, **settings)
+        if trained:
+            weights = phi(query) @ phi(key).transpose(-1, -2) * summed
+            weight, bias = (x.double() for x in projection(query.shape[-1]))
+            added = (weights @ value / (weights.sum(-1, keepdim=True) + 1e-5)) @ weight.T + bias
+            out[:, :, text:] += added[:, :, text:]
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", masked)
+        out = forward(tiny.build().double(), wide(tiny.inputs(*grid)))
+    assert len(seen_lengths) == tiny.layers
+    return out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_sla_is_the_host_with_a_dense_mask(tiny, monkeypatch, grid, config):
+    assert gap(sla(tiny, grid, config), dense(monkeypatch, tiny, grid, config)) < 1e-9
+
+
+def test_fresh_it_is_the_blocks_alone(tiny, monkeypatch):
+    got = sla(tiny, (6, 9), CONFIGS[0], trained=False)
+    assert gap(got, dense(monkeypatch, tiny, (6, 9), CONFIGS[0], trained=False)) < 1e-9
+    assert gap(got, dense(monkeypatch, tiny, (6, 9), CONFIGS[0])) > 1e-2
+
+
+def test_what_would_be_noticed(tiny, monkeypatch):
+    """The same comparison fails by far for each plausible mistake."""
+    grid, config = (6, 9), CONFIGS[2]
+    got = sla(tiny, grid, config)
+    for wrong in (
+        dict(topk=0.6),
+        dict(block_q=32),
+        dict(block_k=32),
+        dict(skip=0.0),
+        dict(linear="all", skip=0.0),
+        dict(linear="complement", skip=0.0),
+        dict(feature_map="elu1"),
+    ):
+        settings = {"topk": 0.3, "block_q": 16, "block_k": 16, "linear": "marginal", "skip": 0.3} | wrong
+        assert gap(dense(monkeypatch, tiny, grid, lf.SLA(**settings)), got) > 1e-2, wrong
+    if lf.families()[tiny.family].joint:
+        assert gap(dense(monkeypatch, tiny, grid, config, text=0), got) > 1e-2, "text stands outside of the blocks"
+    assert gap(sla(tiny, grid, config, layers=tiny.some), got) > 1e-2, "every layer counts"
+
+
+@pytest.mark.parametrize("linear", ["all", "complement", "marginal"])
+def test_all_blocks_are_stock_until_trained(tiny, model, inputs, linear):
+    stock = forward(model, inputs)
+    lf.apply(model, lf.SLA(topk=1.0, linear=linear))
+    assert gap(forward(model, inputs), stock) < 1e-5
+    assert gap(forward(train(model), inputs), stock) > 1e-2
+    lf.apply(model, lf.SLA(topk=0.5, block_q=16, block_k=16, linear=linear))
+    assert gap(forward(model, inputs), stock) > 1e-2
+    lf.restore(model)
+    assert torch.equal(forward(model, inputs), stock)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_parameter_learns(tiny, model, config):
+    """On a grid whose coarsest layer has more than one block: where all are chosen, the complement is empty."""
+    lf.apply(model, config)
+    inputs = tiny.inputs(10, 12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+        optimizer.step()
+    gradients = {name: p.grad for name, p in model.named_parameters() if ".linfusion." in name or ".to_" in name}
+    assert gradients and not [n for n, g in gradients.items() if g is None or not g.isfinite().all()]
+    still = [n for n, g in gradients.items() if not g.abs().max() > 0]
+    assert not still
+
+
+def test_flux_compiles_whole():
+    """No break in the graph, and nothing waits for the grid; the second size makes the lengths symbolic."""
+    torch._dynamo.reset()
+    config = lf.SLA(topk=0.5, block_q=16, block_k=16, linear="complement")
+    small = FluxTransformer2DModel.from_config(dict(flux().config) | {"num_layers": 1, "num_single_layers": 1})
+    model = train(lf.apply(lively(small).eval(), config))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for grid in ((6, 9), (5, 7)):
+        inputs = TINY["flux"].inputs(*grid)
+        with torch.no_grad():
+            got = compiled(**inputs, return_dict=False)[0]
+        assert gap(got, forward(model, inputs)) < 1e-5
+    torch._dynamo.reset()
