@@ -1,5 +1,7 @@
 """`SLA` inside each host against the host itself, whose own attention is given the dense masks worked out here."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,8 @@ from diffusers import FluxTransformer2DModel
 
 import linfusion as lf
 
-from ..models import TEXT, TINY, flux, forward, gap, lively
+from ..models import TINY, Run, flux, forward, gap, grids_for, lively
 
-GRIDS = [(6, 9), (9, 4), (5, 7)]
 CONFIGS = [
     lf.SLA(topk=0.5, block_q=16, block_k=16),
     lf.SLA(topk=0.3, block_q=32, block_k=16, linear="complement", feature_map="elu1"),
@@ -44,76 +45,82 @@ def sla(tiny, grid, config, trained=True, layers=None):
     return forward(train(model) if trained else model, wide(tiny.inputs(*grid)))
 
 
-def maps(q, k, text, c):
-    """`[B, H, S, S]` masks: what the softmax sees, and what the linear part sums; text stands first."""
-    n = q.shape[2] - text
-    tokens = torch.arange(n)
+def maps(q, k, run, c):
+    """`[B, H, S, S]` masks: what the softmax sees, and what the linear part sums; both from the blocks of the image."""
+    image = slice(run.before, run.tokens - run.after)
+    tokens = torch.arange(math.prod(run.grid))
     row_of, column_of = tokens // c.block_q, tokens // c.block_k
-    # membership matrices divided by how many belong: one row a block
+    # which tokens each block holds, divided by how many: a mean per row
     pool_q, pool_k = (F.one_hot(x).T.to(q.dtype) for x in (row_of, column_of))
     pool_q, pool_k = (x / x.sum(-1, keepdim=True) for x in (pool_q, pool_k))
-    image_q, image_k = q[:, :, text:], k[:, :, text:]
-    scores = (pool_q @ image_q) @ (pool_k @ (image_k - image_k.mean(2, keepdim=True))).transpose(-1, -2)
+    centred = k[:, :, image] - k[:, :, image].mean(2, keepdim=True)
+    scores = (pool_q @ q[:, :, image]) @ (pool_k @ centred).transpose(-1, -2)
     blocks = scores.shape[-1]
     count, drop = max(1, int(c.topk * blocks)), int(c.skip * blocks)
     better = (scores[..., None, :] > scores[..., None]).sum(-1)  # how many blocks go before this one
     chosen, rest = better < count, (better >= count) & (better < blocks - drop)
-    seen = torch.ones(*q.shape[:2], text + n, text + n, dtype=torch.bool)
-    seen[:, :, text:, text:] = chosen[:, :, row_of][..., column_of]
+    seen = torch.ones(*q.shape[:2], run.tokens, run.tokens, dtype=torch.bool)
+    seen[:, :, image, image] = chosen[:, :, row_of][..., column_of]
     summed = torch.zeros_like(seen)
     if c.linear == "all":
-        summed[:, :, text:] = True
+        summed[:, :, image] = True
     else:
-        summed[:, :, text:, text:] = rest[:, :, row_of][..., column_of]
+        summed[:, :, image, image] = rest[:, :, row_of][..., column_of]
     return seen, summed
 
 
-def dense(monkeypatch, tiny, grid, config, *, text=None, trained=True):
+def dense(monkeypatch, tiny, grid, config, *, text=True, trained=True):
     """The stock model with its own attention under those masks, the linear part added as a matrix of weights.
 
-    `text` is how many tokens are taken for text: another number than the real one is a mistake to be noticed.
+    `text=False` puts text tokens into blocks like all others, a mistake that is to be noticed.
     """
-    joint = lf.families()[tiny.family].joint
-    text = (TEXT if joint else 0) if text is None else text
+    runs = {run.tokens: run for run in tiny.sequences(*grid)}
+    if not text:
+        runs = {n: Run((n,)) for n in runs}
     phi = {"softmax": lambda x: x.softmax(-1), "elu1": lambda x: torch.where(x > 0, x + 1, x.exp())}[config.feature_map]
-    real, seen_lengths = F.scaled_dot_product_attention, []
+    real, lengths = F.scaled_dot_product_attention, []
 
     def masked(query, key, value, attn_mask=None, **settings):
-        if query.shape[2] != key.shape[2]:  # cross-attention
+        if query.shape[2] != key.shape[2] or query.shape[2] not in runs:  # cross-attention, text alone
             return real(query, key, value, attn_mask=attn_mask, **settings)
-        assert attn_mask is None
-        seen_lengths.append(query.shape[2])
-        seen, summed = maps(query, key, text, config)
+        run = runs[query.shape[2]]
+        lengths.append(run.tokens)
+        seen, summed = maps(query, key, run, config)
+        if attn_mask is not None:  # the host's own: padding
+            keep = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -1
+            seen, summed = seen & keep, summed & keep
         out = real(query, key, value, attn_mask=seen, **settings)
         if trained:
             weights = phi(query) @ phi(key).transpose(-1, -2) * summed
             weight, bias = (x.double() for x in projection(query.shape[-1]))
             added = (weights @ value / (weights.sum(-1, keepdim=True) + 1e-5)) @ weight.T + bias
-            out[:, :, text:] += added[:, :, text:]
+            image = slice(run.before, run.tokens - run.after)
+            out[:, :, image] += added[:, :, image]
         return out
 
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", masked)
         out = forward(tiny.build().double(), wide(tiny.inputs(*grid)))
-    assert len(seen_lengths) == tiny.layers
+    assert len(lengths) == tiny.layers
     return out
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_sla_is_the_host_with_a_dense_mask(tiny, monkeypatch, grid, config):
-    assert gap(sla(tiny, grid, config), dense(monkeypatch, tiny, grid, config)) < 1e-9
+def test_sla_is_the_host_with_a_dense_mask(tiny, monkeypatch, config):
+    for grid in grids_for(tiny, (6, 9), (9, 4), (5, 7)):
+        assert gap(sla(tiny, grid, config), dense(monkeypatch, tiny, grid, config)) < 1e-9, grid
 
 
 def test_fresh_it_is_the_blocks_alone(tiny, monkeypatch):
-    got = sla(tiny, (6, 9), CONFIGS[0], trained=False)
-    assert gap(got, dense(monkeypatch, tiny, (6, 9), CONFIGS[0], trained=False)) < 1e-9
-    assert gap(got, dense(monkeypatch, tiny, (6, 9), CONFIGS[0])) > 1e-2
+    grid = grids_for(tiny, (6, 9))[0]
+    got = sla(tiny, grid, CONFIGS[0], trained=False)
+    assert gap(got, dense(monkeypatch, tiny, grid, CONFIGS[0], trained=False)) < 1e-9
+    assert gap(got, dense(monkeypatch, tiny, grid, CONFIGS[0])) > 1e-2
 
 
 def test_what_would_be_noticed(tiny, monkeypatch):
     """The same comparison fails by far for each plausible mistake."""
-    grid, config = (6, 9), CONFIGS[2]
+    grid, config = grids_for(tiny, (6, 9))[0], CONFIGS[2]
     got = sla(tiny, grid, config)
     for wrong in (
         dict(topk=0.6),
@@ -126,8 +133,8 @@ def test_what_would_be_noticed(tiny, monkeypatch):
     ):
         settings = {"topk": 0.3, "block_q": 16, "block_k": 16, "linear": "marginal", "skip": 0.3} | wrong
         assert gap(dense(monkeypatch, tiny, grid, lf.SLA(**settings)), got) > 1e-2, wrong
-    if lf.families()[tiny.family].joint:
-        assert gap(dense(monkeypatch, tiny, grid, config, text=0), got) > 1e-2, "text stands outside of the blocks"
+    if any(run.before or run.after for run in tiny.sequences(*grid)):
+        assert gap(dense(monkeypatch, tiny, grid, config, text=False), got) > 1e-2, "text stands outside of the blocks"
     assert gap(sla(tiny, grid, config, layers=tiny.some), got) > 1e-2, "every layer counts"
 
 
@@ -147,7 +154,7 @@ def test_all_blocks_are_stock_until_trained(tiny, model, inputs, linear):
 def test_every_parameter_learns(tiny, model, config):
     """On a grid whose coarsest layer has more than one block: where all are chosen, the complement is empty."""
     lf.apply(model, config)
-    inputs = tiny.inputs(10, 12)
+    inputs = tiny.inputs(*grids_for(tiny, (10, 12))[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
