@@ -17,6 +17,8 @@ if __name__ == "kernels":
     else:
         __version__ = "0"
 else:
+    from .agent import agent_attention, pool_agents, resize_bias
+    from .depthwise import depthwise_conv
     from .linear import linear_attention
     from .pool import pool_grid
     from .rotary import RopeTables, rotate
@@ -25,8 +27,12 @@ else:
 
     __all__ = [
         "RopeTables",
+        "agent_attention",
+        "depthwise_conv",
         "linear_attention",
+        "pool_agents",
         "pool_grid",
+        "resize_bias",
         "rotate",
         "sparse_linear_attention",
         "sparse_linear_pairs",

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import sparse_linear_torch as path
 from .checks import block_counts, check_keep, check_projection, check_qkv, check_routing, repeat_heads
-from .reference import LINEAR_EPS, named_feature_map
+from .features import named_feature_map
+from .reference_sparse import LINEAR_EPS
 
 
 def sparse_linear_attention(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import block_counts
-from .reference import LINEAR_EPS
+from .reference_sparse import LINEAR_EPS
 from .window_torch import attention_backward
 
 CHUNK = 1 << 22

@@ -57,6 +57,7 @@ def window_attention(
     reach = check_radius(radius, len(grid))
     if pooled_k is not None and pooled_v is not None:
         check_qkv(q, pooled_k, pooled_v)
+        pooled_k, pooled_v = (repeat_heads(x, q.shape[2]) for x in (pooled_k, pooled_v))
     elif pooled_k is not None or pooled_v is not None:
         raise ValueError("pooled_k and pooled_v go together; one of them is missing.")
     heads = q.shape[2]

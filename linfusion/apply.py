@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, read_adapter, swap_host
-from .call import Layout, Site
+from .call import Clock, Layout, Site
 from .families import Family, family_of
 from .families.base import Processor, backend_name, is_default_backend
 from .mechanisms import Mechanism, MechanismConfig
@@ -44,6 +44,8 @@ class Record:
     entries: dict[str, Entry] = field(default_factory=dict)
     hosts: dict[str, HostState] = field(default_factory=dict)
     sites: dict[str, tuple[Site, Layout]] = field(default_factory=dict)  # of every layer that could have been chosen
+    clock: Clock = field(default_factory=Clock)
+    read_time: Callable[..., float] | None = None  # where some mechanism needs the clock
     originals: dict[str, Tensor] = field(default_factory=dict)  # host parameters that loaded weights replaced
 
 
@@ -176,19 +178,32 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
     targets = list(family.layers(model))
     chosen = _choose([name for name, _ in targets], mechanism, layers)
     hosts = dict(family.hosts(model))
+    levels = None if family.levels is None else family.levels(model)
     previous = record_of(model)
     record = Record()
     for name, attn in targets:
         state = record.hosts.setdefault(_host_of(name, hosts), HostState(Layout(), family.layout, frozenset()))
-        record.sites[name] = family.site(name, attn), state.layout
-        if name not in chosen:
+        site = family.site(name, attn)
+        if levels is not None:
+            site = replace(site, level=levels[name])
+        record.sites[name] = site, state.layout
+        if name not in chosen or not chosen[name].takes(site):
             continue
         original = attn.processor
         if previous is not None and name in previous.entries:
             original = previous.entries[name].original
         entry = record.entries[name] = _entry(family, record.sites[name][0], attn, chosen[name], original)
-        entry.mechanism.layout = state.layout
+        entry.mechanism.layout, entry.mechanism.clock = state.layout, record.clock
         state.needs |= entry.mechanism.needs
+        if "time" in entry.mechanism.needs:
+            if family.time is None:
+                raise NotImplementedError(
+                    f"{type(chosen[name]).__name__} changes with the noise level, which {family.model}'s time argument "
+                    "does not tell as a share of the schedule."
+                )
+            record.read_time = family.time
+    if not record.entries:
+        raise ValueError(f"No layer was chosen out of {len(targets)} ({_examples(list(chosen))}).")
     return record
 
 
@@ -299,6 +314,8 @@ def _attach(model: nn.Module, record: Record, set_processors: bool = True) -> No
         host = model.get_submodule(name)
         setattr(host, HOST, state)
         host.register_forward_pre_hook(_read_layout, with_kwargs=True)
+    if record.read_time is not None:
+        model.register_forward_pre_hook(_read_time, with_kwargs=True)
 
 
 def _detach(model: nn.Module) -> Record | None:
@@ -320,15 +337,27 @@ def _detach(model: nn.Module) -> Record | None:
         kept = getattr(model, "original_attn_processors", None)
         if kept is not None and kept.get(f"{name}.processor") is entry.processor:
             kept[f"{name}.processor"] = entry.original
+    _unhook(model, _read_time)
     for name in record.hosts:
         host = model.get_submodule(name)
-        # found by function, not by handle: handles do not survive copies and pickles of the model
-        for key in [k for k, fn in host._forward_pre_hooks.items() if fn is _read_layout]:
-            del host._forward_pre_hooks[key]
-            host._forward_pre_hooks_with_kwargs.pop(key, None)
+        _unhook(host, _read_layout)
         host.__dict__.pop(HOST, None)
     delattr(model, RECORD)
     return record
+
+
+def _unhook(module: nn.Module, function: Callable[..., None]) -> None:
+    """By function, not by handle: handles do not survive copies and pickles of the model."""
+    for key in [k for k, fn in module._forward_pre_hooks.items() if fn is function]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _read_time(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Runs before a model's forward where a mechanism needs the clock; it waits for the device."""
+    record = record_of(model)
+    if record is not None and record.read_time is not None:
+        record.clock.time = record.read_time(model, args, kwargs)
 
 
 def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def describe(pipe_or_model: Any) -> Description:
             exact = weight = 0.0
             if record is not None and name in record.sites:
                 site, layout = record.sites[name]
-                text = layout.text if site.joint else 0
+                text = family.text(site, layout)
                 weight = site.heads * site.head_dim
                 exact = weight * float(layout.tokens + text) ** 2
             total += exact
@@ -128,4 +128,6 @@ def _reason(family: Family, name: str, attn: nn.Module, targets: dict[str, nn.Mo
         return "text-only attention"
     if parts[-1] == "attn2":  # some hosts do not say that theirs is
         return "cross-attention"
+    if any("siglip" in p for p in parts):
+        return "attention among features of reference pictures"
     return f"not a self-attention layer of the {family.model} family ({class_names(attn)[0]})"

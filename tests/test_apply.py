@@ -17,7 +17,7 @@ from .models import TINY, forward, gap, processors
 
 apply_module = sys.modules["linfusion.apply"]  # `linfusion.apply` itself is the function
 
-CONFIGS = [lf.Softmax(), lf.LinFusion(mid_dim=4), lf.CLEAR(3), lf.CLEAR(2, pool=2)]
+CONFIGS = [lf.Softmax(), lf.LinFusion(mid_dim=4), lf.CLEAR(3), lf.CLEAR(2, pool=2), lf.LiT(), lf.Agent(6)]
 
 
 class State:
@@ -343,12 +343,14 @@ def test_radii_for_other_grids(model, before, radius):
     [
         *(lambda r=r: lf.CLEAR(r) for r in (0, -1, math.nan, math.inf, True, "8", None, (), (1, -1), (1, 2, 3, 4))),
         *(lambda p=p: lf.CLEAR(2, pool=p) for p in (0, -1, 1.5, True, None)),
+        *(lambda n=n: lf.LiT(kernel_size=n) for n in (0, 2, 2.5, True)),
+        *(lambda n=n: lf.Agent(n) for n in (0, 2.5, True, (), (2, 0))),
         *(lambda m=m: lf.LinFusion(mid_dim=m) for m in (0, -1, 2.5, True, "8")),
         *(lambda e=e: lf.LinFusion(eps=e) for e in (-1, math.nan, "x", None)),
     ],
 )
 def test_settings_out_of_range(make):
-    with pytest.raises(ValueError, match=r"(radius|pool|mid_dim|eps) must be .*, got "):
+    with pytest.raises(ValueError, match=r"(radius|pool|kernel_size|agents|mid_dim|eps) must be .*, got "):
         make()
 
 

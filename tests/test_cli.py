@@ -191,10 +191,16 @@ def test_settings_on_the_command_line(run, sd):
     def mechanism(*more):
         code, out, err = run("describe", "--model", sd, "--device", "cpu", "--json", *more)
         assert code == 0, err
-        return next(r["mechanism"] for r in json.loads(out)["layers"] if r["reason"] == "replaced")
+        return next(r["mechanism"] for r in json.loads(out)["layers"] if r["mechanism"])
 
     assert mechanism("--mechanism", "clear", "--radius", "2.5") == str(lf.CLEAR(radius=2.5, pool=1))
     assert mechanism("--mechanism", "clear", "--radius", "4,8", "--pool", "2") == str(lf.CLEAR(radius=(4, 8), pool=2))
+    assert mechanism("--mechanism", "lit") == str(lf.LiT())
+    assert mechanism("--mechanism", "lit", "--kernel-size", "3", "--heads", "4", "--text", "linear") == str(
+        lf.LiT(kernel_size=3, heads=4, text="linear")
+    )
+    assert mechanism("--mechanism", "agent", "--agents", "2,3", "--bias", "false") == str(lf.Agent((2, 3), bias=False))
+    assert mechanism("--mechanism", "agent", "--agents", "9") == str(lf.Agent(9))
     assert mechanism("--mechanism", "linfusion") == str(lf.LinFusion(mid_dim=None, eps=0.0001))
     assert mechanism("--mechanism", "linfusion", "--mid-dim", "4", "--eps", "1e-3") == str(
         lf.LinFusion(mid_dim=4, eps=0.001)
@@ -257,7 +263,7 @@ MISTAKES = {
     "seed-negative": ([OK, "--seed", "-1"], "--seed must not be negative"),
     "unknown-mechanism": (
         [OK, "--mechanism", "magic"],
-        "Unknown mechanism 'magic'. Available: softmax, linfusion, clear, sla",
+        "Unknown mechanism 'magic'. Available: softmax, linfusion, clear, sla, lit, agent",
     ),
     "radius-zero": ([OK, "--mechanism", "clear", "--radius", "0"], "radius must be positive.* got 0"),
     "radius-negative": ([OK, "--mechanism", "clear", "--radius=-3"], "radius must be positive.* got -3"),
@@ -272,9 +278,14 @@ MISTAKES = {
     "topk-no-number": ([OK, "--mechanism", "sla", "--topk", "few"], r"topk must be the share .* got 'few'"),
     "block-of-another-size": ([OK, "--mechanism", "sla", "--topk", "1", "--block-q", "100"], "multiple of 16"),
     "linear-unknown": ([OK, "--mechanism", "sla", "--topk", "1", "--linear", "some"], "all, complement, marginal"),
+    "text-unknown": ([OK, "--mechanism", "lit", "--text", "no"], "text must be one of exact, linear, got 'no'"),
+    "kernel-even": ([OK, "--mechanism", "lit", "--kernel-size", "4"], "kernel_size must be an odd number.* got 4"),
+    "heads-that-do-not-divide": ([OK, "--mechanism", "lit", "--heads", "7"], "heads=7 does not divide the layer's 32"),
+    "agents-for-video": ([OK, "--mechanism", "agent", "--agents", "1,2,3"], "3 axes, the grid has 2"),
+    "agents-none": ([OK, "--mechanism", "agent", "--agents", "0"], "agents must be a positive number.* got 0"),
     "setting-of-another": (
         [OK, "--mechanism", "linfusion", "--radius", "8"],
-        "linfusion has no setting radius. Settings: eps, mid_dim",
+        "linfusion has no setting radius. Settings: eps, mid_dim, text",
     ),
     "setting-alone": ([OK, "--radius", "8"], "--radius is a setting of a mechanism: add --mechanism"),
     "compare-with-nothing": ([OK, "--compare"], "--compare needs something to compare with"),
@@ -307,6 +318,14 @@ def test_one_line_for_each_mistake(run, tmp_path, flux, name):
     assert len(lines) == 1 and lines[0].startswith("linfusion: error: "), err
     assert re.search(says, lines[0]), lines[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "picture.png"]  # no half picture
+
+
+def test_a_mistake_that_only_the_grid_shows(run, flux):
+    """Told at the first step, below its bar."""
+    code, out, err = run(*draw(flux, "--mechanism", "agent"))
+    assert code == 2 and out == "" and not Path("out.png").exists()
+    last = err.splitlines()[-1]
+    assert last.startswith("linfusion: error: ") and "49 agents are more than the grid's 16 tokens" in last
 
 
 def test_an_unsupported_model(run, tmp_path):

@@ -11,7 +11,15 @@ import linfusion as lf
 
 from .models import TINY, forward, gap, processors
 
-TRAINED = [lf.LinFusion(), lf.LinFusion(mid_dim=4, eps=1e-3), lf.CLEAR(2, pool=2), lf.CLEAR((2, 4)), lf.Softmax()]
+TRAINED = [
+    lf.LinFusion(),
+    lf.LinFusion(mid_dim=4, eps=1e-3, text="linear"),
+    lf.CLEAR(2, pool=2),
+    lf.CLEAR((2, 4)),
+    lf.LiT(kernel_size=3, heads=1),
+    lf.Agent((3, 2)),
+    lf.Softmax(),
+]
 HOST = ["*.to_q.*", "*.to_out.0.*"]
 
 

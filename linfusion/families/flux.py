@@ -107,7 +107,7 @@ def flux_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def flux_site(name: str, attn: HostLayer) -> Site:
-    return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.head_dim, joint=True)
+    return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.head_dim, joint=True, rotary=True)
 
 
 FLUX = Family(

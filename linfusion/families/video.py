@@ -160,7 +160,8 @@ def video_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def video_site(name: str, attn: HostLayer) -> Site:
-    return Site(name, width=attn.inner_dim, heads=attn.heads, head_dim=attn.inner_dim // attn.heads, axes=3)
+    head_dim = attn.inner_dim // attn.heads
+    return Site(name, width=attn.inner_dim, heads=attn.heads, head_dim=head_dim, axes=3, rotary=True)
 
 
 WAN = Family(

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .agent import Agent
+from .agent_sd import AgentSD
 from .base import Mechanism, MechanismConfig
 from .clear import CLEAR
 from .linfusion import LinFusion
+from .lit import LiT
 from .sla import SLA
 from .softmax import Softmax
 
-MECHANISMS: dict[str, type[MechanismConfig]] = {c.name: c for c in (Softmax, LinFusion, CLEAR, SLA)}
+MECHANISMS: dict[str, type[MechanismConfig]] = {
+    c.name: c for c in (Softmax, LinFusion, CLEAR, SLA, LiT, Agent, AgentSD)
+}
 
 
 def mechanisms() -> dict[str, type[MechanismConfig]]:
@@ -34,4 +39,16 @@ def config_from_dict(settings: dict[str, Any]) -> MechanismConfig:
     return MECHANISMS[name](**settings)
 
 
-__all__ = ["CLEAR", "SLA", "LinFusion", "Mechanism", "MechanismConfig", "Softmax", "config_from_dict", "mechanisms"]
+__all__ = [
+    "CLEAR",
+    "SLA",
+    "Agent",
+    "AgentSD",
+    "LiT",
+    "LinFusion",
+    "Mechanism",
+    "MechanismConfig",
+    "Softmax",
+    "config_from_dict",
+    "mechanisms",
+]

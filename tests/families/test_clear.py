@@ -37,13 +37,15 @@ def dense(monkeypatch, tiny, grid, inside, *, text_first=None, turned=False, wei
         shape = (*run.grid[:-2], run.grid[-1], run.grid[-2]) if turned else run.grid
         masks[tokens][image, image] = windows(shape, inside)
     if tiny.masks is not None:
-        masks = tiny.masks(tiny.grid(*grid), lambda shape: windows(shape, inside))
+        shape = tiny.grid(*grid)
+        shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+        masks = tiny.masks(shape, lambda shape: windows(shape, inside))
     real, seen = F.scaled_dot_product_attention, []
 
-    def masked(query, key, value, attn_mask=None, **settings):
+    def masked(query, key, value, attn_mask=None, *more, **settings):
         q, k, v = query, key, value
         if q.shape[2] != k.shape[2] or q.shape[2] not in masks:  # cross-attention, text alone
-            return real(q, k, v, attn_mask=attn_mask, **settings)
+            return real(q, k, v, attn_mask, *more, **settings)
         seen.append(q.shape[2])
         mask = masks[q.shape[2]]
         if weights is not None:
@@ -57,7 +59,7 @@ def dense(monkeypatch, tiny, grid, inside, *, text_first=None, turned=False, wei
             keep = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -1
             keep = keep.expand(*keep.shape[:-1], q.shape[2])
             mask = mask & F.pad(keep, (0, mask.shape[-1] - keep.shape[-1]), value=True)
-        return real(q, k, v, attn_mask=mask, **settings)
+        return real(q, k, v, mask, *more, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", masked)

@@ -9,7 +9,8 @@ from diffusers import FluxTransformer2DModel
 
 import linfusion as lf
 
-from ..models import TINY, Run, flux, forward, gap, grids_for, lively
+from ..models import TINY, flux, forward, gap, grids_for, lively
+from ..models.base import whole
 
 CONFIGS = [
     lf.SLA(topk=0.5, block_q=16, block_k=16),
@@ -37,6 +38,8 @@ def wide(x):
     """Arguments in float64: in fp32 the hosts themselves spread one layer's rounding to more than is to be allowed."""
     if isinstance(x, dict):
         return {k: wide(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(wide(v) for v in x)
     return x.double() if torch.is_tensor(x) and x.is_floating_point() else x
 
 
@@ -45,27 +48,38 @@ def sla(tiny, grid, config, trained=True, layers=None):
     return forward(train(model) if trained else model, wide(tiny.inputs(*grid)))
 
 
-def maps(q, k, run, c):
-    """`[B, H, S, S]` masks: what the softmax sees, and what the linear part sums; both from the blocks of the image."""
-    image = slice(run.before, run.tokens - run.after)
-    tokens = torch.arange(math.prod(run.grid))
-    row_of, column_of = tokens // c.block_q, tokens // c.block_k
+def places(tiny, grid):
+    """`{length: [2, N]}`: where each sample's image tokens stand in each kind of sequence."""
+    runs = {run.tokens: run for run in tiny.sequences(*grid)}
+    found = {n: torch.arange(math.prod(run.grid)).repeat(2, 1) + run.before for n, run in runs.items()}
+    if tiny.masks is not None:  # samples differ; their image tokens are those that would not see each other
+        for length, mask in tiny.masks(
+            tiny.grid(*grid), lambda shape: torch.zeros([math.prod(shape)] * 2).bool()
+        ).items():
+            image = ~mask.expand(2, 1, length, length)[:, 0].all(dim=-1)
+            found[length] = image.nonzero()[:, 1].unflatten(0, (2, -1))
+    return found
+
+
+def maps(q, k, image, c):
+    """`[H, S, S]` masks of one sample: what the softmax sees, and what the linear part sums."""
+    row_of, column_of = torch.arange(len(image)) // c.block_q, torch.arange(len(image)) // c.block_k
     # which tokens each block holds, divided by how many: a mean per row
     pool_q, pool_k = (F.one_hot(x).T.to(q.dtype) for x in (row_of, column_of))
     pool_q, pool_k = (x / x.sum(-1, keepdim=True) for x in (pool_q, pool_k))
-    centred = k[:, :, image] - k[:, :, image].mean(2, keepdim=True)
-    scores = (pool_q @ q[:, :, image]) @ (pool_k @ centred).transpose(-1, -2)
+    centred = k[:, image] - k[:, image].mean(1, keepdim=True)
+    scores = (pool_q @ q[:, image]) @ (pool_k @ centred).transpose(-1, -2)
     blocks = scores.shape[-1]
     count, drop = max(1, int(c.topk * blocks)), int(c.skip * blocks)
     better = (scores[..., None, :] > scores[..., None]).sum(-1)  # how many blocks go before this one
     chosen, rest = better < count, (better >= count) & (better < blocks - drop)
-    seen = torch.ones(*q.shape[:2], run.tokens, run.tokens, dtype=torch.bool)
-    seen[:, :, image, image] = chosen[:, :, row_of][..., column_of]
+    seen = torch.ones(len(q), q.shape[1], q.shape[1], dtype=torch.bool)
+    seen[:, image[:, None], image] = chosen[:, row_of][..., column_of]
     summed = torch.zeros_like(seen)
     if c.linear == "all":
-        summed[:, :, image] = True
+        summed[:, image] = True
     else:
-        summed[:, :, image, image] = rest[:, :, row_of][..., column_of]
+        summed[:, image[:, None], image] = rest[:, row_of][..., column_of]
     return seen, summed
 
 
@@ -74,28 +88,29 @@ def dense(monkeypatch, tiny, grid, config, *, text=True, trained=True):
 
     `text=False` puts text tokens into blocks like all others, a mistake that is to be noticed.
     """
-    runs = {run.tokens: run for run in tiny.sequences(*grid)}
+    where = places(tiny, grid)
     if not text:
-        runs = {n: Run((n,)) for n in runs}
+        where = {n: torch.arange(n).repeat(2, 1) for n in where}
     phi = {"softmax": lambda x: x.softmax(-1), "elu1": lambda x: torch.where(x > 0, x + 1, x.exp())}[config.feature_map]
     real, lengths = F.scaled_dot_product_attention, []
 
-    def masked(query, key, value, attn_mask=None, **settings):
-        if query.shape[2] != key.shape[2] or query.shape[2] not in runs:  # cross-attention, text alone
-            return real(query, key, value, attn_mask=attn_mask, **settings)
-        run = runs[query.shape[2]]
-        lengths.append(run.tokens)
-        seen, summed = maps(query, key, run, config)
+    def masked(query, key, value, attn_mask=None, *more, **settings):
+        if query.shape[2] != key.shape[2] or query.shape[2] not in where:  # cross-attention, text alone
+            return real(query, key, value, attn_mask, *more, **settings)
+        images = where[query.shape[2]].repeat_interleave(len(query) // 2, 0)  # frames may be samples of their own
+        lengths.append(query.shape[2])
+        both = [maps(q, k, image, config) for q, k, image in zip(query, key, images, strict=True)]
+        seen, summed = (torch.stack(x) for x in zip(*both, strict=True))
         if attn_mask is not None:  # the host's own: padding
             keep = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -1
             seen, summed = seen & keep, summed & keep
-        out = real(query, key, value, attn_mask=seen, **settings)
+        out = real(query, key, value, seen, *more, **settings)
         if trained:
             weights = phi(query) @ phi(key).transpose(-1, -2) * summed
             weight, bias = (x.double() for x in projection(query.shape[-1]))
             added = (weights @ value / (weights.sum(-1, keepdim=True) + 1e-5)) @ weight.T + bias
-            image = slice(run.before, run.tokens - run.after)
-            out[:, :, image] += added[:, :, image]
+            for sample, image in enumerate(images):
+                out[sample, :, image] += added[sample, :, image]
         return out
 
     with monkeypatch.context() as patch:
@@ -120,7 +135,7 @@ def test_fresh_it_is_the_blocks_alone(tiny, monkeypatch):
 
 def test_what_would_be_noticed(tiny, monkeypatch):
     """The same comparison fails by far for each plausible mistake."""
-    grid, config = grids_for(tiny, (6, 9))[0], CONFIGS[2]
+    grid, config = grids_for(tiny, (6, 9), (8, 8))[0], CONFIGS[2]
     got = sla(tiny, grid, config)
     for wrong in (
         dict(topk=0.6),
@@ -158,7 +173,7 @@ def test_every_parameter_learns(tiny, model, config):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
-        model(**inputs, return_dict=False)[0].square().mean().backward()
+        whole(model(**inputs, return_dict=False)).square().mean().backward()
         optimizer.step()
     gradients = {name: p.grad for name, p in model.named_parameters() if ".linfusion." in name or ".to_" in name}
     assert gradients and not [n for n, g in gradients.items() if g is None or not g.isfinite().all()]
