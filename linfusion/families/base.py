@@ -72,6 +72,7 @@ class Family:
 
     Attributes:
         model: class name; matched by name along the MRO, so that no host module is imported for it.
+        about: which pipelines use it and which of its layers are replaced, in a few words.
         processor: made without arguments, one per replaced layer.
         layers: the layers that count, as `(name, attention module)`: self-attention and joint attention only.
         hosts: the modules whose forward tells the layout, as `(name, module)`.
@@ -95,6 +96,7 @@ class Family:
     stock: frozenset[str]
     check: Callable[[str, nn.Module], None] = lambda name, attn: None
     joint: bool = False
+    about: str = ""
     text: Callable[[Site, Layout], int] = lambda site, layout: layout.text if site.joint else 0
     levels: Callable[[nn.Module], dict[str, int]] | None = None
     time: Callable[..., float] | None = None

@@ -112,6 +112,7 @@ def flux_site(name: str, attn: HostLayer) -> Site:
 
 FLUX = Family(
     model="FluxTransformer2DModel",
+    about="FLUX.1: joint attention, double and single blocks",
     processor=FluxProcessor,
     layers=flux_layers,
     hosts=lambda model: iter([("", model)]),

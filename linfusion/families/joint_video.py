@@ -158,6 +158,7 @@ def joint_video_site(name: str, attn: HostLayer) -> Site:
 
 COGVIDEOX = Family(
     model="CogVideoXTransformer3DModel",
+    about="CogVideoX 1.0, 1.5: joint attention",
     processor=CogVideoXProcessor,
     layers=joint_video_layers,
     hosts=lambda model: iter([("", model)]),
@@ -169,6 +170,7 @@ COGVIDEOX = Family(
 
 HUNYUAN_VIDEO = Family(
     model="HunyuanVideoTransformer3DModel",
+    about="HunyuanVideo: joint attention, double and single blocks",
     processor=HunyuanVideoProcessor,
     layers=joint_video_layers,
     hosts=lambda model: iter([("", model)]),

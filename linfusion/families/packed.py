@@ -215,6 +215,7 @@ def z_image_site(name: str, attn: HostLayer) -> Site:
 
 LUMINA2 = Family(
     model="Lumina2Transformer2DModel",
+    about="Lumina 2: joint attention, picture refiner",
     processor=Lumina2Processor,
     layers=packed_layers,
     hosts=lambda model: iter([("", model)]),
@@ -226,6 +227,7 @@ LUMINA2 = Family(
 
 Z_IMAGE = Family(
     model="ZImageTransformer2DModel",
+    about="Z-Image: joint attention, picture refiner",
     processor=ZImageProcessor,
     layers=packed_layers,
     hosts=lambda model: iter([("", model)]),

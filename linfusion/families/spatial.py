@@ -148,6 +148,7 @@ def plain(name: str, attn: HostLayer) -> None:
 
 UNET = Family(
     model="UNet2DConditionModel",
+    about="SD 1.5, 2.1, XL: spatial self-attention",
     processor=SpatialProcessor,
     layers=self_attention,
     hosts=transformers_2d,
@@ -159,22 +160,26 @@ UNET = Family(
     time=thousandths,
 )
 
-MOTION_UNET = replace(UNET, model="UNetMotionModel")
+MOTION_UNET = replace(UNET, model="UNetMotionModel", about="AnimateDiff: spatial self-attention, each frame a picture")
 # its time argument is a logarithm of sigma, which says nothing of the share of the steps
-SPATIO_TEMPORAL_UNET = replace(UNET, model="UNetSpatioTemporalConditionModel", time=None)
-CONTROLNET = replace(UNET, model="ControlNetModel")
+SPATIO_TEMPORAL_UNET = replace(
+    UNET, model="UNetSpatioTemporalConditionModel", about="SVD: spatial self-attention, each frame a picture", time=None
+)
+CONTROLNET = replace(UNET, model="ControlNetModel", about="of UNets (`pipe.controlnet`): spatial self-attention")
 PIXART = replace(
     UNET,
     model="PixArtTransformer2DModel",
+    about="PixArt: self-attention",
     hosts=lambda model: iter([("", model)]),
     layout=patch_layout,
     levels=None,
     time=partial(thousandths, position=2),
 )
-DIT = replace(PIXART, model="DiTTransformer2DModel", time=thousandths)
+DIT = replace(PIXART, model="DiTTransformer2DModel", about="DiT: self-attention", time=thousandths)
 HUNYUAN_DIT = replace(
     PIXART,
     model="HunyuanDiT2DModel",
+    about="Hunyuan-DiT: self-attention",
     processor=HunyuanDiTProcessor,
     site=rotating_site,
     time=thousandths,

@@ -166,6 +166,7 @@ def video_site(name: str, attn: HostLayer) -> Site:
 
 WAN = Family(
     model="WanTransformer3DModel",
+    about="Wan 2.1, 2.2: self-attention",
     processor=WanProcessor,
     layers=video_layers,
     hosts=lambda model: iter([("", model)]),
@@ -174,11 +175,12 @@ WAN = Family(
     stock=frozenset({"WanAttnProcessor"}),
 )
 
-WAN_VACE = replace(WAN, model="WanVACETransformer3DModel")
+WAN_VACE = replace(WAN, model="WanVACETransformer3DModel", about="Wan VACE: self-attention, main and control blocks")
 
 LTX = replace(
     WAN,
     model="LTXVideoTransformer3DModel",
+    about="LTX-Video: self-attention",
     processor=LTXProcessor,
     layout=ltx_layout,
     stock=frozenset({"LTXVideoAttnProcessor"}),
