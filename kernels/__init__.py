@@ -22,6 +22,7 @@ else:
     from .linear import linear_attention
     from .pool import pool_grid
     from .rotary import RopeTables, rotate
+    from .sparse_linear import sparse_linear_attention, sparse_linear_pairs
     from .window import window_attention, window_pairs
 
     __all__ = [
@@ -33,6 +34,8 @@ else:
         "pool_grid",
         "resize_bias",
         "rotate",
+        "sparse_linear_attention",
+        "sparse_linear_pairs",
         "window_attention",
         "window_pairs",
     ]

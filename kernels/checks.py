@@ -121,3 +121,61 @@ def check_agents(
             raise ValueError(f"{name} must be [{q.shape[2]} or 1, {shape[0]}, {shape[1]}], got {tuple(b.shape)}.")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return scale, scale if agent_scale is None else float(agent_scale)
+
+
+LINEAR_PARTS = ("all", "complement", "marginal")
+POSITIVE_MAPS = ("softmax", "elu1", "relu")
+
+
+def check_routing(topk: float, block_q: int, block_k: int, feature_map: str, linear: str, skip: float) -> None:
+    """ValueError unless the settings of sparse-linear attention make sense, each and together."""
+    if isinstance(topk, bool) or not isinstance(topk, (int, float)) or not 0 < topk <= 1:
+        raise ValueError(f"topk must be the share of key blocks in (0, 1], got {topk!r}.")
+    for name, size in (("block_q", block_q), ("block_k", block_k)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive whole number of tokens, got {size!r}.")
+    if feature_map not in POSITIVE_MAPS:
+        raise ValueError(f"Unknown feature_map={feature_map!r}. Available: {', '.join(POSITIVE_MAPS)}.")
+    if linear not in LINEAR_PARTS:
+        raise ValueError(f"Unknown linear={linear!r}. Available: {', '.join(LINEAR_PARTS)}.")
+    if isinstance(skip, bool) or not isinstance(skip, (int, float)) or not 0 <= skip < 1:
+        raise ValueError(f"skip must be the share of key blocks to drop, in [0, 1), got {skip!r}.")
+    if skip and linear != "marginal":
+        raise ValueError(f"skip={skip!r} drops blocks from linear='marginal' only, got linear={linear!r}.")
+    if topk + skip > 1 + 1e-9:
+        raise ValueError(f"topk + skip must not exceed 1, got {topk!r} + {skip!r}.")
+
+
+def check_keep(
+    keep: tuple[int, int] | None, queries: int, keys: int, text_mask: Tensor | None, batch: int
+) -> tuple[int, int]:
+    """The kept run of tokens as `(start, stop)`; ValueError unless it lies at one end and the mask fits it."""
+    start, stop = (0, 0) if keep is None else keep
+    if keep is not None and queries != keys:
+        raise ValueError(f"keep needs queries and keys of one sequence, got {queries} queries and {keys} keys.")
+    if not 0 <= start <= stop <= keys or (start != 0 and stop != keys):
+        raise ValueError(f"keep must be (start, stop) at one end of the {keys} tokens, got {keep!r}.")
+    if text_mask is not None and (text_mask.dtype != torch.bool or tuple(text_mask.shape) != (batch, stop - start)):
+        raise ValueError(
+            f"text_mask must be bool [B, kept] = [{batch}, {stop - start}], "
+            f"got {text_mask.dtype} {tuple(text_mask.shape)}."
+        )
+    return start, stop
+
+
+def check_projection(weight: Tensor | None, bias: Tensor | None, dim: int) -> None:
+    """ValueError unless the projection is `[D, D]` with a bias `[D]`, or absent."""
+    if weight is None and bias is not None:
+        raise ValueError("proj_bias goes with proj_weight, which is missing.")
+    for name, x, shape in (("proj_weight", weight, (dim, dim)), ("proj_bias", bias, (dim,))):
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)} as the head dim is {dim}, got {list(x.shape)}.")
+
+
+def block_counts(topk: float, skip: float, blocks: int) -> tuple[int, int]:
+    """How many of `blocks` key blocks are chosen and how many dropped: shares rounded down, one chosen at least.
+
+    A share that is a whole number of blocks on paper stays one: 0.29 of 100 is 29, though the product is 28.999...
+    """
+    chosen = max(1, int(topk * blocks + 1e-6))
+    return chosen, min(int(skip * blocks + 1e-6), blocks - chosen)

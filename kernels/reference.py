@@ -1,7 +1,7 @@
 """The specification: every op in plain PyTorch, same signature as the public one, in fp32 or wider.
 
-Tests measure against these functions in float64. They favour clearness; `window_attention` here builds the whole
-score matrix and is no path for real sizes.
+Tests measure against these functions in float64. They favour clearness; `window_attention` and
+`sparse_linear_attention` here build the whole score matrix and are no path for real sizes.
 """
 
 import math
@@ -12,27 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_agents, check_grid, check_kernel, check_qkv, check_radius, repeat_heads, split_heads
+from .features import named_feature_map, wide
+from .reference_sparse import block_classes as block_classes
+from .reference_sparse import sparse_linear_attention as sparse_linear_attention
 from .rotary import RopeTables, rotate
 
-FEATURE_MAPS = {
-    "elu1": lambda x: F.elu(x) + 1,
-    "relu": F.relu,
-    "softmax": lambda x: x.softmax(dim=-1),
-    "identity": lambda x: x,
-    "relu_eps": lambda x: F.relu(x) + 1e-6,
-}
 NORMALIZE = ("divide", "none")
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-
-
-def named_feature_map(name: str) -> Callable[[Tensor], Tensor]:
-    """The feature map called `name`; ValueError listing them all when there is none."""
-    if name not in FEATURE_MAPS:
-        raise ValueError(f"Unknown feature_map={name!r}. Available: {', '.join(FEATURE_MAPS)}.")
-    return FEATURE_MAPS[name]
 
 
 def linear_attention(
@@ -57,7 +42,7 @@ def linear_attention(
             f"key_mask must be bool [B, S_k] = {tuple(k.shape[:2])}, got {tuple(key_mask.shape)} {key_mask.dtype}."
         )
     dtype, shape = q.dtype, (*q.shape[:3], v.shape[-1])
-    q, k, v = _wide(q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2]))
+    q, k, v = wide(q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2]))
     q, k = phi(q), phi(k)
     count = k.new_full((), k.shape[1])
     if key_mask is not None:
@@ -76,7 +61,7 @@ def depthwise_conv(v: Tensor, *, grid: Sequence[int], weight: Tensor, bias: Tens
     """See `linfusion.kernels.depthwise_conv`."""
     h, w = check_grid(grid, v.shape[1], 0, None, v.shape[0])[-2:]
     kernel, shift = check_kernel(v, weight, bias)
-    image, kernel = _wide(v.reshape(-1, h, w, v.shape[2] * v.shape[3]), kernel[:, 0])
+    image, kernel = wide(v.reshape(-1, h, w, v.shape[2] * v.shape[3]), kernel[:, 0])
     size, reach = kernel.shape[-1], kernel.shape[-1] // 2
     image = F.pad(image, (0, 0, reach, reach, reach, reach))
     out = image.new_zeros(()) if shift is None else shift
@@ -120,14 +105,14 @@ def pool_agents(x: Tensor, *, grid: Sequence[int], agents: int | Sequence[int]) 
     grid = check_grid(grid, x.shape[1], 0, None, x.shape[0])
     cells = agent_grid(agents if isinstance(agents, int) else tuple(agents), grid)
     pool: Callable[..., Tensor] = F.adaptive_avg_pool2d if len(grid) == 2 else F.adaptive_avg_pool3d
-    image = _wide(x)[0].flatten(2).transpose(1, 2).unflatten(2, grid)
+    image = wide(x)[0].flatten(2).transpose(1, 2).unflatten(2, grid)
     return pool(image, cells).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:]).to(x.dtype)
 
 
 def resize_bias(table: Tensor, *, grid: Sequence[int], tokens: int) -> Tensor:
     """See `linfusion.kernels.resize_bias`."""
     grid = check_grid(grid, tokens, 0, None, 0)
-    resized = F.interpolate(_wide(table)[0], size=grid[-2:], mode="bilinear")
+    resized = F.interpolate(wide(table)[0], size=grid[-2:], mode="bilinear")
     return resized.flatten(-2).repeat(1, 1, math.prod(grid[:-2])).to(table.dtype)
 
 
@@ -145,7 +130,7 @@ def agent_attention(
     """See `linfusion.kernels.agent_attention`."""
     scale, agent_scale = check_agents(q, k, v, agents, scale, agent_scale, key_bias, query_bias)
     dtype = q.dtype
-    q, k, v, agents = _wide(q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2]), agents)
+    q, k, v, agents = wide(q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2]), agents)
     from_keys = torch.einsum("bnhd,bkhd->bhnk", agents, k) * scale
     to_queries = torch.einsum("bqhd,bnhd->bhqn", q, agents) * agent_scale
     if key_bias is not None:
@@ -211,7 +196,7 @@ def window_attention(
     allowed[:, image, tokens:] = True
     if text_mask is not None:
         allowed[:, :, words] &= text_mask[:, None]
-    q, k, v = _wide(q, repeat_heads(k, heads), repeat_heads(v, heads))
+    q, k, v = wide(q, repeat_heads(k, heads), repeat_heads(v, heads))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     scores = scores.masked_fill(~allowed[:, None], float("-inf"))
     out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), v).to(dtype)

@@ -207,6 +207,11 @@ def test_settings_on_the_command_line(run, sd):
     )
     assert mechanism("--mechanism", "linfusion", "--mid-dim", "none") == str(lf.LinFusion(mid_dim=None, eps=0.0001))
     assert mechanism("--mechanism", "softmax") == str(lf.Softmax())
+    assert mechanism("--mechanism", "sla", "--topk", "0.25") == str(lf.SLA(topk=0.25))
+    sizes = ("--block-q", "64", "--block-k", "32", "--feature-map", "elu1")
+    assert mechanism("--mechanism", "sla", "--topk", "1", *sizes, "--linear", "marginal", "--skip", "0") == str(
+        lf.SLA(topk=1, block_q=64, block_k=32, feature_map="elu1", linear="marginal", skip=0)
+    )
 
 
 # describe
@@ -258,7 +263,7 @@ MISTAKES = {
     "seed-negative": ([OK, "--seed", "-1"], "--seed must not be negative"),
     "unknown-mechanism": (
         [OK, "--mechanism", "magic"],
-        "Unknown mechanism 'magic'. Available: softmax, linfusion, clear, lit, agent",
+        "Unknown mechanism 'magic'. Available: softmax, linfusion, clear, sla, lit, agent",
     ),
     "radius-zero": ([OK, "--mechanism", "clear", "--radius", "0"], "radius must be positive.* got 0"),
     "radius-negative": ([OK, "--mechanism", "clear", "--radius=-3"], "radius must be positive.* got -3"),
@@ -268,6 +273,11 @@ MISTAKES = {
     "radius-for-video": ([OK, "--mechanism", "clear", "--radius", "1,2,3"], "3 axes, the grid has 2"),
     "pool-no-number": ([OK, "--mechanism", "clear", "--radius", "2", "--pool", "0.5"], "pool must be a whole"),
     "mid-dim-broken": ([OK, "--mechanism", "linfusion", "--mid-dim", "2.5"], "mid_dim must be a positive"),
+    "topk-missing": ([OK, "--mechanism", "sla"], "sla needs topk"),
+    "topk-zero": ([OK, "--mechanism", "sla", "--topk", "0"], r"topk must be the share .* got 0"),
+    "topk-no-number": ([OK, "--mechanism", "sla", "--topk", "few"], r"topk must be the share .* got 'few'"),
+    "block-of-another-size": ([OK, "--mechanism", "sla", "--topk", "1", "--block-q", "100"], "multiple of 16"),
+    "linear-unknown": ([OK, "--mechanism", "sla", "--topk", "1", "--linear", "some"], "all, complement, marginal"),
     "text-unknown": ([OK, "--mechanism", "lit", "--text", "no"], "text must be one of exact, linear, got 'no'"),
     "kernel-even": ([OK, "--mechanism", "lit", "--kernel-size", "4"], "kernel_size must be an odd number.* got 4"),
     "heads-that-do-not-divide": ([OK, "--mechanism", "lit", "--heads", "7"], "heads=7 does not divide the layer's 32"),

@@ -11,9 +11,12 @@ from .base import Mechanism, MechanismConfig
 from .clear import CLEAR
 from .linfusion import LinFusion
 from .lit import LiT
+from .sla import SLA
 from .softmax import Softmax
 
-MECHANISMS: dict[str, type[MechanismConfig]] = {c.name: c for c in (Softmax, LinFusion, CLEAR, LiT, Agent, AgentSD)}
+MECHANISMS: dict[str, type[MechanismConfig]] = {
+    c.name: c for c in (Softmax, LinFusion, CLEAR, SLA, LiT, Agent, AgentSD)
+}
 
 
 def mechanisms() -> dict[str, type[MechanismConfig]]:
@@ -38,6 +41,7 @@ def config_from_dict(settings: dict[str, Any]) -> MechanismConfig:
 
 __all__ = [
     "CLEAR",
+    "SLA",
     "Agent",
     "AgentSD",
     "LiT",

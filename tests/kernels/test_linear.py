@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from linfusion.kernels import RopeTables, linear_attention, rotate
-from linfusion.kernels.reference import FEATURE_MAPS
+from linfusion.kernels.features import FEATURE_MAPS
 
 
 def tables(tokens, dim, interleaved=True):

@@ -23,6 +23,8 @@ EXAMPLES = {
     "lit-one-head": lf.LiT(kernel_size=3, heads=1, text="linear"),
     "agent": lf.Agent(6),
     "agent-per-axis": lf.Agent((3, 2), kernel_size=5, bias=False),
+    "sla": lf.SLA(topk=0.5, block_q=16, block_k=16),
+    "sla-marginal": lf.SLA(topk=0.4, block_q=16, block_k=16, feature_map="elu1", linear="marginal", skip=0.1),
 }
 
 
@@ -74,16 +76,25 @@ def test_settings_survive_json(name):
         config.name = "other"
 
 
+EXACT = {
+    "clear": lf.CLEAR(radius=100),
+    "sla": lf.SLA(topk=1.0),
+    "sla-complement": lf.SLA(topk=1.0, linear="complement"),
+    "sla-marginal": lf.SLA(topk=1.0, linear="marginal"),
+}
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
 @pytest.mark.parametrize("text_first", [True, False], ids=["text-first", "text-last"])
-def test_a_radius_that_covers_the_grid_is_exact(text_first, masked):
+@pytest.mark.parametrize("name", EXACT)
+def test_settings_that_cover_everything_are_exact(name, text_first, masked):
     call = make_call(text_first=text_first, masked=masked)
     mask = None
     if masked:
         real = torch.ones(2, 30, dtype=torch.bool)
         mask = call.join(call.text_mask, real)[:, None, None]
     want = exact(*call.rotated(), call.v, mask)
-    torch.testing.assert_close(build(lf.CLEAR(radius=100))(call), want)
+    torch.testing.assert_close(build(EXACT[name])(call), want)
 
 
 def test_radius_one_sees_itself_and_the_text():
@@ -159,7 +170,7 @@ def test_a_rotation_of_the_image_leaves_the_text():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "nope"}, "Available: softmax, linfusion, clear"),
+        ({"name": "nope"}, "Available: softmax, linfusion, clear, sla"),
         ({"name": "clear", "radius": 0}, "radius must be positive"),
         ({"name": "clear", "radius": -1.5}, "radius must be positive"),
         ({"name": "clear", "radius": True}, "radius must be positive"),
@@ -184,6 +195,16 @@ def test_a_rotation_of_the_image_leaves_the_text():
             for n in (0, -4, 2.5, True, "9", [], [4, 0], [1, 2, 3, 4])
         ),
         ({"name": "agent", "bias": 1}, "bias must be true or false"),
+        ({"name": "sla"}, "sla needs topk"),
+        ({"name": "sla", "topk": 0}, "topk must be the share"),
+        ({"name": "sla", "topk": 1.5}, "topk must be the share"),
+        ({"name": "sla", "topk": 0.5, "block_q": 100}, "block_q must be a multiple of 16 tokens, got 100"),
+        ({"name": "sla", "topk": 0.5, "block_k": 8}, "block_k must be a multiple of 16 tokens, got 8"),
+        ({"name": "sla", "topk": 0.5, "block_k": 0}, "block_k must be a positive whole number"),
+        ({"name": "sla", "topk": 0.5, "feature_map": "hedgehog"}, "Available: softmax, elu1, relu"),
+        ({"name": "sla", "topk": 0.5, "linear": "none"}, "Available: all, complement, marginal"),
+        ({"name": "sla", "topk": 0.5, "skip": 0.1}, "linear='marginal' only"),
+        ({"name": "sla", "topk": 0.95, "linear": "marginal", "skip": 0.1}, "must not exceed 1"),
     ],
     ids=str,
 )
