@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from .auraflow import AURAFLOW
 from .base import Family, class_names
-from .flux import FLUX
+from .flux import CHROMA, FLUX, FLUX_CONTROL
+from .flux2 import FLUX2
+from .qwen import QWEN, QWEN_CONTROL
+from .sd3 import SD3, SD3_CONTROL
 from .spatial import PIXART, UNET
 
-FAMILIES: dict[str, Family] = {f.model: f for f in (UNET, PIXART, FLUX)}
+FAMILIES: dict[str, Family] = {
+    f.model: f
+    for f in (UNET, PIXART, SD3, SD3_CONTROL, AURAFLOW, FLUX, FLUX_CONTROL, CHROMA, FLUX2, QWEN, QWEN_CONTROL)
+}
 
 # listed so that the refusal can say why
 REFUSED = {

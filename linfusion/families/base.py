@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,6 +76,7 @@ class Family:
         check: `(name, attention module)`, raises NotImplementedError for a layer that `processor` cannot reproduce.
         stock: class names of the processors whose maths `processor` reproduces; others are refused.
         joint: whether text stands in the same sequence, in some layers at least.
+        processors: instead of `processor`, for layers of certain classes, by class name.
     """
 
     model: str
@@ -87,6 +88,11 @@ class Family:
     stock: frozenset[str]
     check: Callable[[str, nn.Module], None] = lambda name, attn: None
     joint: bool = False
+    processors: Mapping[str, type[Processor]] = field(default_factory=dict)
+
+    def processor_of(self, attn: nn.Module) -> Processor:
+        """A new processor for one layer."""
+        return next((self.processors[n] for n in class_names(attn) if n in self.processors), self.processor)()
 
 
 def class_names(module: nn.Module) -> list[str]:
