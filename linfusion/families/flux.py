@@ -121,7 +121,9 @@ def chroma_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[s
         return layout
     text = layout.text
     if mask.ndim != 2 or mask.shape[1] != text + layout.tokens:
-        raise ValueError(f"attention_mask must be [B, text + image] = [B, {text} + {layout.tokens}], got {mask.shape}.")
+        raise ValueError(
+            f"attention_mask must be [B, text + image] = [B, {text} + {layout.tokens}], got {tuple(mask.shape)}."
+        )
     if "grid" in needs and not torch.compiler.is_compiling() and not mask[:, text:].all():
         raise ValueError("attention_mask hides image tokens, which no mechanism that needs the grid can honour.")
     layout.text_mask = mask[:, :text].to(torch.bool)
