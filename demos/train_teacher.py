@@ -51,6 +51,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             f"--minutes-{stage}", type=float, help="as many steps as fit, by the speed of the first ones"
         )
         parser.add_argument(f"--batch-{stage}", type=int, default=batch, help="(default %(default)s)")
+    parser.add_argument("--model", type=Path, help="the folder that evaluate measures (default OUTPUT/emoji-flux)")
     parser.add_argument("--captions", type=int, default=512, help="for the final retrieval (default %(default)s)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="for that too (default 3)")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="write a checkpoint and leave after these")
@@ -123,9 +124,9 @@ def _train(
 
 def _evaluate(args: argparse.Namespace, data: EmojiData) -> None:
     """Figures and sheets of the exported folder, as shipped: bf16 weights, fp32 arithmetic."""
-    folder = args.output / MODEL
+    folder = args.model or args.output / MODEL
     if not folder.is_dir():
-        raise ValueError(f"no exported model in {folder}; run --stage export first")
+        raise ValueError(f"no exported model in {folder}; run --stage export first, or name one with --model")
     pipe = FluxPipeline.from_pretrained(folder).to(args.device)
     captions = evaluate.choose_captions(data, args.captions)
     copied = evaluate.retrieved(_copies(pipe.vae, data), data.captions, evaluate.data_thumbnails(data), data.captions)

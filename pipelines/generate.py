@@ -50,6 +50,15 @@ def call_defaults(pipe: Any) -> dict[str, Any]:
     return known
 
 
+def refuse_video(pipe: Any) -> None:
+    """NotImplementedError for a pipeline that makes videos, with what to do instead."""
+    if "num_frames" in call_defaults(pipe):
+        raise NotImplementedError(
+            f"generate draws one picture, and {type(pipe).__name__} makes videos. In Python: "
+            "linfusion.apply(pipe, ...), call the pipeline, and save the frames with diffusers.utils.export_to_video."
+        )
+
+
 def generate(
     pipe: Any,
     prompt: str,
@@ -71,9 +80,11 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, a size that the VAE cannot divide, steps below 1.
+        NotImplementedError: a video pipeline.
     """
     if not prompt.strip():
         raise ValueError("The prompt is empty; say what to draw.")
+    refuse_video(pipe)
     if size is not None and (size % (multiple := size_multiple(pipe)) or size < 1):
         raise ValueError(f"size must be a multiple of {multiple} pixels for this model, got {size}.")
     if steps is not None and steps < 1:

@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import apply, describe, load, restore
     from ..adapter import read_adapter
-    from ..pipelines.generate import Picture, generate, psnr, side_by_side, size_multiple
+    from ..pipelines.generate import Picture, generate, psnr, refuse_video, side_by_side, size_multiple
 
     remarks = Console(stderr=True)
     pipe = load_pipeline(args)
+    refuse_video(pipe)
     if args.size is not None and args.size % (multiple := size_multiple(pipe)):
         raise ValueError(f"--size must be a multiple of {multiple} pixels for this model, got {args.size}.")
     unknown = pipe.unknown_words(args.prompt) if hasattr(pipe, "unknown_words") else []

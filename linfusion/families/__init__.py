@@ -8,14 +8,22 @@ from .auraflow import AURAFLOW
 from .base import Family, class_names
 from .flux import CHROMA, FLUX, FLUX_CONTROL
 from .flux2 import FLUX2
+from .joint_video import COGVIDEOX, HUNYUAN_VIDEO
+from .packed import LUMINA2, Z_IMAGE
 from .qwen import QWEN, QWEN_CONTROL
 from .sd3 import SD3, SD3_CONTROL
-from .spatial import PIXART, UNET
+from .spatial import CONTROLNET, DIT, HUNYUAN_DIT, MOTION_UNET, PIXART, SPATIO_TEMPORAL_UNET, UNET
+from .video import LTX, WAN, WAN_VACE
 
 FAMILIES: dict[str, Family] = {
     f.model: f
-    for f in (UNET, PIXART, SD3, SD3_CONTROL, AURAFLOW, FLUX, FLUX_CONTROL, CHROMA, FLUX2, QWEN, QWEN_CONTROL)
-}
+    for f in (
+        UNET, MOTION_UNET, SPATIO_TEMPORAL_UNET, CONTROLNET,
+        PIXART, DIT, HUNYUAN_DIT,
+        SD3, SD3_CONTROL, AURAFLOW, FLUX, FLUX_CONTROL, CHROMA, FLUX2, QWEN, QWEN_CONTROL, LUMINA2, Z_IMAGE,
+        WAN, WAN_VACE, LTX, COGVIDEOX, HUNYUAN_VIDEO,
+    )
+}  # fmt: skip
 
 # listed so that the refusal can say why
 REFUSED = {

@@ -40,6 +40,7 @@ def auraflow_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset
 
 AURAFLOW = Family(
     model="AuraFlowTransformer2DModel",
+    about="AuraFlow: joint attention, double and single blocks; register tokens count as text",
     processor=AuraFlowProcessor,
     layers=block_attention,
     hosts=lambda model: iter([("", model)]),

@@ -137,13 +137,14 @@ def flux_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def flux_site(name: str, attn: HostLayer) -> Site:
-    return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.head_dim, joint=True)
+    return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.head_dim, joint=True, rotary=True)
 
 
 STOCK = frozenset({"FluxAttnProcessor", "FluxAttnProcessor2_0"})
 
 FLUX = Family(
     model="FluxTransformer2DModel",
+    about="FLUX.1: joint attention, double and single blocks",
     processor=FluxProcessor,
     layers=flux_layers,
     hosts=lambda model: iter([("", model)]),
@@ -153,5 +154,17 @@ FLUX = Family(
     joint=True,
 )
 
-FLUX_CONTROL = replace(FLUX, model="FluxControlNetModel", layout=control_layout)
-CHROMA = replace(FLUX, model="ChromaTransformer2DModel", processor=ChromaProcessor, layout=chroma_layout)
+FLUX_CONTROL = replace(
+    FLUX,
+    model="FluxControlNetModel",
+    about="ControlNets of FLUX.1 (apply to `pipe.controlnet`): joint attention, double and single blocks",
+    layout=control_layout,
+)
+
+CHROMA = replace(
+    FLUX,
+    model="ChromaTransformer2DModel",
+    about="Chroma: joint attention, double and single blocks; padded prompts are masked",
+    processor=ChromaProcessor,
+    layout=chroma_layout,
+)

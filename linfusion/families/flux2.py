@@ -64,6 +64,7 @@ def flux2_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 FLUX2 = replace(
     FLUX,
     model="Flux2Transformer2DModel",
+    about="FLUX.2: joint attention, double and single blocks",
     processor=FluxProcessor,
     processors={"Flux2ParallelSelfAttention": Flux2SingleProcessor},
     layers=flux2_layers,

@@ -38,6 +38,9 @@ class JointProcessor(Processor):
         """
         site, apart = mechanism.site, encoder_hidden_states is not None
         text = mechanism.layout.text if site.joint else 0
+        merged = mechanism.merge(hidden_states) if mechanism.merges_tokens else None  # only in layers without text
+        if merged is not None:
+            hidden_states = merged.tokens
         x_q, x_k = self.inputs(mechanism, hidden_states, 0 if apart else text)
         q = to_heads(attn.to_q(x_q), site.head_dim)
         k = to_heads(attn.to_k(x_k), site.head_dim)
@@ -56,7 +59,11 @@ class JointProcessor(Processor):
             q, k, v, grid=mechanism.layout.grid, text=text, text_first=self.text_first, text_mask=text_mask,
             norms=norms, rope=rope, scale=scale, exact=exact, mask=mask,
         )  # fmt: skip
+        if merged is not None and merged.agents is not None:
+            call.agents = to_heads(attn.to_q(merged.agents), site.head_dim)
         out = mechanism(call).flatten(2).to(q.dtype)
+        if merged is not None:
+            out = merged.expand(out)
         if not apart:
             return out, None
         words, image = call.split(out)

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 
-from ..call import Layout, Rope
+from ..call import Layout, Rope, Site
 from ..kernels import RopeTables
 from .base import Family, HostLayer, argument
 from .flux import DispatchProcessor
@@ -92,15 +92,25 @@ def qwen_layout(
     return layout
 
 
+def qwen_site(name: str, attn: HostLayer) -> Site:
+    return replace(joint_site(name, attn), rotary=True)
+
+
 QWEN = Family(
     model="QwenImageTransformer2DModel",
+    about="Qwen-Image: joint attention; padded prompts are masked",
     processor=QwenProcessor,
     layers=block_attention,
     hosts=lambda model: iter([("", model)]),
     layout=qwen_layout,
-    site=joint_site,
+    site=qwen_site,
     stock=frozenset({"QwenDoubleStreamAttnProcessor2_0"}),
     joint=True,
 )
 
-QWEN_CONTROL = replace(QWEN, model="QwenImageControlNetModel", layout=partial(qwen_layout, words=3, shapes=6))
+QWEN_CONTROL = replace(
+    QWEN,
+    model="QwenImageControlNetModel",
+    about="ControlNets of Qwen-Image (apply to `pipe.controlnet`): joint attention",
+    layout=partial(qwen_layout, words=3, shapes=6),
+)

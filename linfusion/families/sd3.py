@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from ..call import Layout, Site
 from .base import Family, HostLayer, argument
 from .joint import JointProcessor, block_attention, joint_site
-from .spatial import patch_layout
+from .spatial import patch_layout, thousandths
 
 
 class SD3Processor(JointProcessor):
@@ -50,6 +51,7 @@ def control_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[
 
 SD3 = Family(
     model="SD3Transformer2DModel",
+    about="SD3, SD3.5: joint attention; in SD3.5 self-attention of the picture too",
     processor=SD3Processor,
     layers=block_attention,
     hosts=lambda model: iter([("", model)]),
@@ -57,6 +59,13 @@ SD3 = Family(
     site=sd3_site,
     stock=frozenset({"JointAttnProcessor2_0", "XFormersJointAttnProcessor"}),
     joint=True,
+    time=partial(thousandths, position=3),
 )
 
-SD3_CONTROL = replace(SD3, model="SD3ControlNetModel", layout=control_layout)
+SD3_CONTROL = replace(
+    SD3,
+    model="SD3ControlNetModel",
+    about="ControlNets of SD3, SD3.5 (apply to `pipe.controlnet`): joint attention; in SD3.5 large self-attention",
+    layout=control_layout,
+    time=partial(thousandths, position=5),
+)

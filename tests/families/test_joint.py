@@ -1,4 +1,4 @@
-"""What is particular to joint hosts: padded prompts, rotations, reference images, and linear maths beside text."""
+"""What is particular to joint hosts: padded prompts, reference images, and linear maths beside text."""
 
 import diffusers
 import pytest
@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 import linfusion as lf
 from linfusion.families.qwen import HONOURS_PADDING
-from linfusion.kernels.rotary import rotate
 
 from ..models import HOSTS, TEXT, flux2_ids, forward, gap, padded_text
 from .test_linfusion import heads, layers, linear, mlp, phi, train
@@ -96,27 +95,6 @@ def test_qwen_takes_no_mask_of_the_whole_sequence():
     inputs["attention_kwargs"] = {"attention_mask": torch.ones(2, 1, 1, 6 * 9 + TEXT, dtype=torch.bool)}
     with pytest.raises(ValueError, match=r"attention.mask"):
         forward(model, inputs)
-
-
-# rotations
-
-
-@pytest.mark.parametrize("name", [n for n in ("chroma", "flux2", "qwen", "flux-controlnet-union") if n in HOSTS])
-def test_tables_are_the_hosts_rotation(name):
-    """The host's own function is what `Softmax` calls, bit for bit as the stock model; kernels get its tables."""
-    model, calls = lf.apply(HOSTS[name].build(), lf.Softmax()), []
-    for module in model.modules():
-        if hasattr(module, "linfusion"):
-            module.linfusion.register_forward_hook(lambda m, args, out: calls.append(args[0]))
-    forward(model, HOSTS[name].inputs(6, 9))
-    assert len(calls) == HOSTS[name].layers
-    for call in calls:
-        assert call.rope.covers_text and len(call.rope.tables.cos) == call.q.shape[1]
-        assert gap(rotate(call.q, call.rope.tables), call.rope(call.q)) < 1e-6
-        shifted = call.rope.tables._replace(cos=call.rope.tables.cos.roll(1, 0), sin=call.rope.tables.sin.roll(1, 0))
-        assert gap(rotate(call.q, shifted), call.rope(call.q)) > 1e-2
-        image = call.split(call.q)[1]
-        assert gap(rotate(image, call.image_tables()), call.split(call.rope(call.q))[1]) < 1e-6
 
 
 # linear attention beside exact text, written out
@@ -224,6 +202,22 @@ def test_all_that_involves_text_stays_exact(name):
         assert len(out) == len(want)
         for got, expected in zip(out, want, strict=True):
             assert gap(got, expected) < 1e-5
+
+
+def test_tokens_are_merged_where_no_text_is():
+    """SD3.5's `attn2` sees the picture alone; without merging and agents it is the host's own attention."""
+    model, inputs = HOSTS["sd3.5"].build(), HOSTS["sd3.5"].inputs(16, 24)
+    stock = forward(model, inputs)
+    lf.apply(model, lf.AgentSD(early=0.0, merge=0.0), layers="*.attn2")
+    assert gap(forward(model, inputs), stock) < 1e-5
+    lf.apply(model, lf.AgentSD(), layers="*.attn2")
+    early, late = (forward(model, inputs | {"timestep": torch.tensor([t, t])}) for t in (700.0, 500.0))
+    lf.apply(model, lf.AgentSD(early=0.0), layers="*.attn2")
+    assert gap(forward(model, inputs | {"timestep": torch.tensor([700.0, 700.0])}), early) > 1e-3
+    assert torch.equal(forward(model, inputs | {"timestep": torch.tensor([500.0, 500.0])}), late)
+    assert gap(forward(model, inputs), stock) > 1e-3
+    with pytest.raises(NotImplementedError, match=r"attn: AgentSD .* text"):
+        lf.apply(model, lf.AgentSD())
 
 
 # what is refused

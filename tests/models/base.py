@@ -41,6 +41,7 @@ class Tiny:
         some: a pattern that picks some of them.
         pipeline: a pipeline around the model, without text encoders.
         draw: `(pipeline, guidance) -> latents` of two prompts; 1.0 turns the guidance batch (or second pass) off.
+        rows: the batch that attention layers see; more than 2 where frames are pictures of their own.
         frames: of video hosts, whose grids are `(frames, height, width)`.
         square: hosts that take square grids only.
         runs: `grid -> the sequences of its self-attention layers`; by default the grid alone, behind `TEXT` tokens
@@ -55,6 +56,7 @@ class Tiny:
     some: str
     pipeline: Callable[[nn.Module], DiffusionPipeline] | None = None
     draw: Callable[[DiffusionPipeline, float], Tensor] | None = None
+    rows: int = 2
     frames: int | None = None
     square: bool = False
     runs: Callable[[tuple[int, ...]], list[Run]] | None = None
@@ -105,22 +107,28 @@ def lively(model: nn.Module) -> nn.Module:
                 p[2 * width : 3 * width].mul_(3)
             elif "norm1" in name and name.replace("weight", "bias") not in names:
                 p.mul_(6)  # AuraFlow's gates, which no bias opens
-            elif "controlnet_" in name:  # starts at zero
+            elif "controlnet_" in name and p.ndim == 2:  # starts at zero
                 nn.init.normal_(p, 0.0, p.shape[1] ** -0.5)
     return model
 
 
 def forward(model: nn.Module, inputs: dict) -> Tensor:
-    """The host's output, without gradients; all that a ControlNet gives, one below the other."""
+    """The host's output, without gradients."""
     with torch.no_grad():
-        return output(model(**inputs, return_dict=False))
+        return whole(model(**inputs, return_dict=False))
 
 
-def output(returned: tuple | list) -> Tensor:
-    """What a host returned, as one tensor."""
-    if all(torch.is_tensor(x) for x in returned):
-        return returned[0] if isinstance(returned, tuple) else torch.cat(returned)
-    return torch.cat([output(x) for x in returned])
+def whole(out: tuple | list | Tensor) -> Tensor:
+    """All that a host returns as one tensor: ControlNets return many, Z-Image one a sample."""
+    parts = flat(out)
+    if len(parts) == 1:
+        return parts[0]
+    same = len({p.shape for p in parts}) == 1
+    return torch.stack(parts) if same else torch.cat([p.flatten(1) for p in parts], dim=1)
+
+
+def flat(out: tuple | list | Tensor) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else [p for part in out for p in flat(part)]
 
 
 def gap(a: Tensor, b: Tensor) -> float:

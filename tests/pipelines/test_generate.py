@@ -11,7 +11,7 @@ from PIL import Image
 
 from linfusion.pipelines.generate import call_defaults, generate, psnr, side_by_side, size_multiple
 
-from ..models import TINY
+from ..models import HOSTS, TINY
 
 
 class Fake:
@@ -83,6 +83,12 @@ def test_other_refusals():
         generate(plain, "x", size=64)
     with pytest.raises(ValueError, match="Plain does not take guidance_scale"):
         generate(plain, "x", guidance=2.0)
+
+
+@pytest.mark.parametrize("name", [name for name, tiny in HOSTS.items() if tiny.frames and tiny.pipeline])
+def test_videos(name):
+    with pytest.raises(NotImplementedError, match=r"Pipeline makes videos.*linfusion\.apply.*export_to_video"):
+        generate(HOSTS[name].build_pipeline(), "x", size=64)
 
 
 def test_size_multiples():

@@ -1,0 +1,159 @@
+"""What else people switch on in the same pipeline: adapters, other tasks, few steps, tiling, caches."""
+
+import pytest
+import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    LCMScheduler,
+    PyramidAttentionBroadcastConfig,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
+from PIL import Image
+
+import linfusion as lf
+
+from .models import TINY, forward, gap
+from .models.parts import stable_diffusion
+
+CONFIGS = [lf.Softmax(), lf.CLEAR(2), lf.LinFusion(mid_dim=4)]
+NAMES = ["softmax", "clear", "linfusion"]
+
+
+@pytest.fixture(params=CONFIGS, ids=NAMES)
+def config(request):
+    return request.param
+
+
+@pytest.fixture
+def pipe():
+    pipe = stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, **settings):
+    defaults = {"prompt": "red apple", "num_inference_steps": 3, "output_type": "np"}
+    if not isinstance(pipe, (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)):
+        defaults |= {"height": 64, "width": 96}
+    generator = torch.Generator().manual_seed(0)
+    return torch.from_numpy(pipe(**(defaults | settings), generator=generator).images)
+
+
+def picture() -> Image.Image:
+    return Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+
+
+def check(pipe, config, run):
+    """Softmax changes nothing, the others do, and restore brings the stock answer back."""
+    stock = run()
+    torch.manual_seed(0)
+    lf.apply(pipe, config)
+    changed = run()
+    if isinstance(config, lf.Softmax):
+        assert torch.equal(changed, stock)
+    else:
+        assert changed.isfinite().all() and gap(changed, stock) > 1e-3
+    lf.restore(pipe)
+    assert torch.equal(run(), stock)
+    return changed
+
+
+@pytest.mark.parametrize("task", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline], ids=str)
+def test_other_tasks(pipe, config, task):
+    settings = {"image": picture(), "strength": 0.8}
+    if task is StableDiffusionInpaintPipeline:
+        mask = Image.new("L", (96, 64))
+        mask.paste(255, (0, 0, 48, 64))
+        settings |= {"mask_image": mask, "height": 64, "width": 96}
+    other = task.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    changed = check(other, config, lambda: draw(other, **settings))
+    with lf.applied(pipe, config):  # one model behind both pipelines
+        if not isinstance(config, lf.LinFusion):  # whose fresh branch is random
+            assert torch.equal(draw(other, **settings), changed)
+
+
+def test_several_loras(pipe, config):
+    """Two adapters, weighed against each other while the mechanism is on."""
+    from peft import LoraConfig
+
+    for i, name in enumerate(("one", "two")):
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]), adapter_name=name)
+        generator = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for key, p in pipe.unet.named_parameters():
+                if f".{name}." in key:
+                    p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    pipe.unet.set_adapters(["one", "two"], [1.0, 0.5])
+    both = check(pipe, config, lambda: draw(pipe))
+    torch.manual_seed(0)
+    lf.apply(pipe, config)
+    seen = [both]
+    for weights in ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]):
+        pipe.unet.set_adapters(["one", "two"], weights)
+        seen.append(draw(pipe))
+    assert min(gap(a, b) for i, a in enumerate(seen) for b in seen[:i]) > 1e-4
+    pipe.unet.set_adapters(["one", "two"], [1.0, 0.5])
+    assert torch.equal(draw(pipe), both)
+
+
+def test_textual_inversion(pipe, config):
+    """A new word after the mechanism: only the text encoder learns it."""
+    lf.apply(pipe, config)
+    without = draw(pipe, prompt="<toy> apple")
+    pipe.load_textual_inversion({"<toy>": torch.full((16,), 3.0)})
+    assert gap(draw(pipe, prompt="<toy> apple"), without) > 1e-4
+    lf.restore(pipe)
+    check(pipe, config, lambda: draw(pipe, prompt="<toy> apple"))
+
+
+def test_vae_tiling(pipe, config):
+    untiled = draw(lf.apply(pipe, config))
+    lf.restore(pipe)
+    # older releases of diffusers have it on the pipeline
+    getattr(pipe, "enable_vae_tiling", pipe.vae.enable_tiling)()
+    pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 32
+    assert gap(check(pipe, config, lambda: draw(pipe)), untiled) > 1e-4
+
+
+def test_few_steps(pipe, config):
+    pipe.scheduler = LCMScheduler()
+    check(pipe, config, lambda: draw(pipe, num_inference_steps=2, guidance_scale=1.0))
+
+
+def test_many_pictures_and_sizes_in_a_row(pipe, config):
+    """Several pictures a prompt, several prompts, other sizes with as many tokens: each as it would be alone."""
+    torch.manual_seed(0)
+    lf.apply(pipe, config)
+    first = draw(pipe)
+    assert draw(pipe, prompt=["red apple", "green apple"], num_images_per_prompt=2).shape == (4, 64, 96, 3)
+    assert draw(pipe, height=96, width=64).shape == (1, 96, 64, 3)
+    assert torch.equal(draw(pipe), first)
+
+
+CACHES = {
+    "first-block": lambda: FirstBlockCacheConfig(threshold=10.0),
+    "broadcast": lambda: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: 500, spatial_attention_block_identifiers=("transformer_blocks",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_on_top(cache, config):
+    """diffusers' own caches skip blocks or whole attention layers: what they keep is the mechanism's output."""
+    tiny = TINY["flux"]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+    torch.manual_seed(0)
+    want = forward(lf.apply(model, config), inputs)
+    other = inputs | {"hidden_states": inputs["hidden_states"] + 0.1}
+    plain = forward(model, other)
+    model.enable_cache(CACHES[cache]())
+    with model.cache_context("a"):
+        assert gap(forward(model, inputs), want) < 1e-6
+        skipped = forward(model, other)
+    assert gap(skipped, plain) > 1e-4
+    model.disable_cache()
+    assert gap(forward(model, other), plain) < 1e-6
