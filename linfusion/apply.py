@@ -221,7 +221,7 @@ def _entry(family: Family, site: Site, attn: nn.Module, config: MechanismConfig,
             f"{type(config).__name__} computes attention itself, so the attention backend {backend_name(backend)!r} "
             "would have no effect. Call model.reset_attention_backend() first."
         )
-    processor = family.processor()
+    processor = family.processor_of(attn)
     if backend is not None:
         processor._attention_backend = backend
     device, dtype = _placement(attn)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from .auraflow import AURAFLOW
 from .base import Family, class_names
-from .flux import FLUX
+from .flux import CHROMA, FLUX, FLUX_CONTROL
+from .flux2 import FLUX2
 from .joint_video import COGVIDEOX, HUNYUAN_VIDEO
 from .packed import LUMINA2, Z_IMAGE
+from .qwen import QWEN, QWEN_CONTROL
+from .sd3 import SD3, SD3_CONTROL
 from .spatial import CONTROLNET, DIT, HUNYUAN_DIT, MOTION_UNET, PIXART, SPATIO_TEMPORAL_UNET, UNET
 from .video import LTX, WAN, WAN_VACE
 
@@ -16,7 +20,7 @@ FAMILIES: dict[str, Family] = {
     for f in (
         UNET, MOTION_UNET, SPATIO_TEMPORAL_UNET, CONTROLNET,
         PIXART, DIT, HUNYUAN_DIT,
-        FLUX, LUMINA2, Z_IMAGE,
+        SD3, SD3_CONTROL, AURAFLOW, FLUX, FLUX_CONTROL, CHROMA, FLUX2, QWEN, QWEN_CONTROL, LUMINA2, Z_IMAGE,
         WAN, WAN_VACE, LTX, COGVIDEOX, HUNYUAN_VIDEO,
     )
 }  # fmt: skip

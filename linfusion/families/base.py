@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,6 +81,7 @@ class Family:
         check: `(name, attention module)`, raises NotImplementedError for a layer that `processor` cannot reproduce.
         stock: class names of the processors whose maths `processor` reproduces; others are refused.
         joint: whether text stands in the same sequence, in some layers at least.
+        processors: instead of `processor`, for layers of certain classes, by class name.
         text: `(site, layout)`, how many tokens outside the grid that layer's sequence has.
         levels: `model -> {layer: halvings of the grid}` for hosts with several resolutions.
         time: `(model, args, kwargs) -> place on the noise schedule`, 1 for pure noise; None where the model's time
@@ -100,6 +101,11 @@ class Family:
     text: Callable[[Site, Layout], int] = lambda site, layout: layout.text if site.joint else 0
     levels: Callable[[nn.Module], dict[str, int]] | None = None
     time: Callable[..., float] | None = None
+    processors: Mapping[str, type[Processor]] = field(default_factory=dict)
+
+    def processor_of(self, attn: nn.Module) -> Processor:
+        """A new processor for one layer."""
+        return next((self.processors[n] for n in class_names(attn) if n in self.processors), self.processor)()
 
 
 def class_names(module: nn.Module) -> list[str]:

@@ -1,9 +1,10 @@
-"""FLUX: joint attention over text then image, in double-stream blocks and in single-stream blocks."""
+"""FLUX, its ControlNet and Chroma: joint attention over text then image, in double- and in single-stream blocks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,21 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from ..call import AttnCall, Layout, Norms, Rope, Site
+from ..call import Layout, Rope, Site
 from ..kernels import RopeTables
-from .base import Family, HostLayer, Processor, argument, class_names, to_heads
+from ..mechanisms import Mechanism
+from .base import Family, HostLayer, argument, class_names
+from .joint import JointProcessor
 
 
-class FluxProcessor(Processor):
+class DispatchProcessor(JointProcessor):
+    """Hosts that let diffusers choose the attention backend."""
+
+    def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
+
+
+class FluxProcessor(DispatchProcessor):
     """Both kinds of block: text comes apart in double blocks, already joined to the image in single blocks."""
 
     def __call__(
@@ -29,36 +39,21 @@ class FluxProcessor(Processor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         mechanism = self.mechanism(attn, attention_mask)
-        layout, double = mechanism.layout, encoder_hidden_states is not None
-        x_q = x_k = hidden_states
-        if mechanism.changes_input and double:
-            x_q, x_k = mechanism.features(hidden_states)
-        elif mechanism.changes_input:
-            text, image = hidden_states[:, : layout.text], hidden_states[:, layout.text :]
-            x_q, x_k = (torch.cat((text, x), dim=1) for x in mechanism.features(image))
-        q = to_heads(attn.to_q(x_q), attn.head_dim)
-        k = to_heads(attn.to_k(x_k), attn.head_dim)
-        v = to_heads(attn.to_v(hidden_states), attn.head_dim)
-        norms = Norms(attn.norm_q, attn.norm_k)
-        if double:
-            q, k, v = (
-                torch.cat((to_heads(project(encoder_hidden_states), attn.head_dim), x), dim=1)
-                for project, x in ((attn.add_q_proj, q), (attn.add_k_proj, k), (attn.add_v_proj, v))
-            )
-            norms = Norms(attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
-        call = AttnCall(
-            q, k, v, grid=layout.grid, text=layout.text, text_first=True, norms=norms,
-            rope=flux_rope(image_rotary_emb), exact=self.exact, mask=attention_mask,
+        image, text = self.attend(
+            mechanism, attn, hidden_states, encoder_hidden_states, rope=flux_rope(image_rotary_emb),
+            mask=attention_mask, text_mask=mechanism.layout.text_mask, exact=self.exact,
         )  # fmt: skip
-        out = mechanism(call).flatten(2).to(q.dtype)
-        if not double:
-            return out
-        text, image = call.split(out)
+        if text is None:
+            return image
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text.contiguous())
 
-    def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
+
+class ChromaProcessor(FluxProcessor):
+    """As FLUX; the mask is made of the padding that `chroma_layout` has read, so `text_mask` says it all."""
+
+    def mechanism(self, attn: HostLayer, mask: Tensor | None) -> Mechanism:
+        return super().mechanism(attn, None)
 
 
 def flux_rope(tables: Any) -> Rope | None:
@@ -68,36 +63,71 @@ def flux_rope(tables: Any) -> Rope | None:
     return Rope(turn, RopeTables(tables[0], tables[1], interleaved=True))
 
 
-def flux_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
-    """The grid stands in `img_ids`, a tensor: reading it waits for the device, so only who needs it pays."""
+def flux_layout(
+    host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str], *, words: int = 1, ids: int = 4
+) -> Layout:
+    """The grid stands in `img_ids`, a tensor: reading it waits for the device, so only who needs it pays.
+
+    `words` and `ids` are the places of the text and of `img_ids` among the arguments of the host's forward.
+    """
     tokens = argument(args, kwargs, 0, "hidden_states").shape[1]
-    text = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
+    text = argument(args, kwargs, words, "encoder_hidden_states").shape[1]
     if "grid" not in needs:
         return Layout(tokens=tokens, text=text)
-    ids = argument(args, kwargs, 4, "img_ids")
-    sizes = ids_grid(ids[0] if ids.ndim == 3 else ids)
+    places = argument(args, kwargs, ids, "img_ids")
+    sizes = ids_grid(places[0] if places.ndim == 3 else places)
     if torch.compiler.is_compiling():
         return Layout(sizes, tokens, text)  # the op that uses it reads it, and checks it against the tokens
     grid = tuple(sizes.tolist())
     if math.prod(grid) != tokens:
         raise ValueError(
             f"img_ids do not describe one grid of {tokens} image tokens, row by row. Reference images in the "
-            "sequence (FLUX Kontext) are not supported by mechanisms that need the grid."
+            "sequence (FLUX Kontext, FLUX.2 with input images) are not supported by mechanisms that need the grid."
         )
     return Layout(grid, tokens, text)
 
 
 def ids_grid(ids: Tensor) -> Tensor:
-    """Rows and columns of `img_ids` `[N, 3]` as int64 `[2]` on the CPU; zeros when they are not one picture's.
+    """Rows and columns of `img_ids` `[N, 3]` (frame, row, column) or `[N, 4]` (and a layer), as int64 `[2]` on the CPU.
 
-    Counts the places where the column falls back, since ids come in the model's dtype: above 256 bf16 repeats and
-    skips whole numbers, but keeps their order.
+    Zeros when they are not one picture's. Counts the places where the column falls back, since ids come in the model's
+    dtype: above 256 bf16 repeats and skips whole numbers, but keeps their order.
     """
-    frame, row, column = ids.unbind(dim=-1)
+    row, column = ids[:, 1], ids[:, 2]
+    others = ids[:, 0::3]  # frame and layer: the same in one picture
     falls = (column[1:] < column[:-1]).sum()
     rows = torch.where((column == column[0]).all(), len(ids), falls + 1)
-    one = (frame == frame[0]).all() & (row[1:] >= row[:-1]).all()
+    one = (others == others[0]).all() & (row[1:] >= row[:-1]).all()
     return torch.stack((rows, len(ids) // rows)).mul(one).to("cpu", torch.int64)
+
+
+def control_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
+    """A union ControlNet tells its mode by one more token before the text."""
+    layout = flux_layout(host, args, kwargs, needs, words=4, ids=7)
+    layout.text += int(host.union)
+    return layout
+
+
+def chroma_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
+    """Its pipelines bring a mask `[B, text + image]` of ones and zeros: which tokens are real.
+
+    It is a padding mask whatever its dtype. The stock attention hides padding only where the mask is bool; its
+    pipelines bring floats, which it adds to the scores. `Softmax` does as the stock model does, every other mechanism
+    hides the padding.
+    """
+    layout = flux_layout(host, args, kwargs, needs, ids=3)
+    mask = argument(args, kwargs, 5, "attention_mask")
+    if mask is None:
+        return layout
+    text = layout.text
+    if mask.ndim != 2 or mask.shape[1] != text + layout.tokens:
+        raise ValueError(
+            f"attention_mask must be [B, text + image] = [B, {text} + {layout.tokens}], got {tuple(mask.shape)}."
+        )
+    if "grid" in needs and not torch.compiler.is_compiling() and not mask[:, text:].all():
+        raise ValueError("attention_mask hides image tokens, which no mechanism that needs the grid can honour.")
+    layout.text_mask = mask[:, :text].to(torch.bool)
+    return layout
 
 
 def flux_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -110,6 +140,8 @@ def flux_site(name: str, attn: HostLayer) -> Site:
     return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.head_dim, joint=True, rotary=True)
 
 
+STOCK = frozenset({"FluxAttnProcessor", "FluxAttnProcessor2_0"})
+
 FLUX = Family(
     model="FluxTransformer2DModel",
     about="FLUX.1: joint attention, double and single blocks",
@@ -118,6 +150,21 @@ FLUX = Family(
     hosts=lambda model: iter([("", model)]),
     layout=flux_layout,
     site=flux_site,
-    stock=frozenset({"FluxAttnProcessor", "FluxAttnProcessor2_0"}),
+    stock=STOCK,
     joint=True,
+)
+
+FLUX_CONTROL = replace(
+    FLUX,
+    model="FluxControlNetModel",
+    about="ControlNets of FLUX.1 (apply to `pipe.controlnet`): joint attention, double and single blocks",
+    layout=control_layout,
+)
+
+CHROMA = replace(
+    FLUX,
+    model="ChromaTransformer2DModel",
+    about="Chroma: joint attention, double and single blocks; padded prompts are masked",
+    processor=ChromaProcessor,
+    layout=chroma_layout,
 )

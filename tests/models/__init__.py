@@ -3,8 +3,9 @@
 import importlib
 import pkgutil
 
-from .base import TEXT, Run, Tiny, ddim, forward, gap, grids_for, lively, noise, processors, whole
+from .base import TEXT, Run, Tiny, ddim, forward, gap, grids_for, lively, noise, padded_text, processors, whole
 from .flux import flux, flux_ids
+from .flux2 import flux2_ids
 from .pixart import pixart
 from .unet import make_unet, unet_inputs
 
@@ -24,6 +25,7 @@ __all__ = [
     "Tiny",
     "ddim",
     "flux",
+    "flux2_ids",
     "flux_ids",
     "forward",
     "gap",
@@ -31,6 +33,7 @@ __all__ = [
     "lively",
     "make_unet",
     "noise",
+    "padded_text",
     "pixart",
     "processors",
     "unet_inputs",

@@ -92,6 +92,7 @@ def grids_for(tiny: Tiny, *grids: tuple[int, int]) -> list[tuple[int, int]]:
 
 def lively(model: nn.Module) -> nn.Module:
     """Fresh hosts attend almost evenly and add almost nothing; here scores and outputs spread widely."""
+    names = {name for name, _ in model.named_parameters()}
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:
@@ -100,6 +101,14 @@ def lively(model: nn.Module) -> nn.Module:
                 p.mul_(6)
             elif any(part in name for part in (".to_v.", "to_out", "add_v_proj", "to_add_out")):
                 p.mul_(3)
+            elif "to_qkv_mlp_proj" in name:  # q, k and v above the MLP's input
+                width = p.shape[1]
+                p[: 2 * width].mul_(6)
+                p[2 * width : 3 * width].mul_(3)
+            elif "norm1" in name and name.replace("weight", "bias") not in names:
+                p.mul_(6)  # AuraFlow's gates, which no bias opens
+            elif "controlnet_" in name and p.ndim == 2:  # starts at zero
+                nn.init.normal_(p, 0.0, p.shape[1] ** -0.5)
     return model
 
 
@@ -130,6 +139,11 @@ def gap(a: Tensor, b: Tensor) -> float:
 def processors(model: nn.Module) -> dict[str, object]:
     """Every attention layer's processor, cross-attention included."""
     return {name: m.processor for name, m in model.named_modules() if hasattr(m, "set_processor")}
+
+
+def padded_text() -> Tensor:
+    """`[2, TEXT]` bool: all of the first prompt, the first three tokens of the second."""
+    return torch.arange(TEXT) < torch.tensor([[TEXT], [3]])
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:

@@ -1,17 +1,35 @@
-"""FLUX: text then picture in one sequence, double and single blocks."""
+"""FLUX and its ControlNet: text then picture in one sequence, double and single blocks."""
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from torch import Tensor, nn
 
-from .base import TEXT, Tiny, draw, noise, vae
+from .base import TEXT, Run, Tiny, draw, noise, vae
+
+SIZES = {
+    "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 24, "axes_dims_rope": (4, 6, 6),
+    "guidance_embeds": True,
+}  # fmt: skip
 
 
 def flux() -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=24, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
-    )  # fmt: skip
+    return FluxTransformer2DModel(**SIZES)
+
+
+def flux_controlnet() -> FluxControlNetModel:
+    return FluxControlNetModel(**SIZES)
+
+
+def flux_union_controlnet() -> FluxControlNetModel:
+    """For several kinds of condition: one more token before the text says which."""
+    return FluxControlNetModel(**SIZES, num_mode=3)
 
 
 def flux_ids(height: int, width: int, frame: int = 0) -> Tensor:
@@ -35,6 +53,18 @@ def flux_inputs(height: int, width: int) -> dict:
     }
 
 
+def flux_controlnet_inputs(height: int, width: int) -> dict:
+    return flux_inputs(height, width) | {"controlnet_cond": noise(2, height * width, 16, seed=4)}
+
+
+def flux_union_inputs(height: int, width: int) -> dict:
+    return flux_controlnet_inputs(height, width) | {"controlnet_mode": torch.tensor([[0], [2]])}
+
+
+def mode_and_text(grid: tuple[int, ...]) -> list[Run]:
+    return [Run(grid, before=1 + TEXT)]
+
+
 def flux_pipeline(transformer: nn.Module) -> FluxPipeline:
     return FluxPipeline(
         vae=vae(), text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, transformer=transformer,
@@ -51,4 +81,11 @@ HOSTS = {
     "flux": Tiny(
         "FluxTransformer2DModel", flux, flux_inputs, 4, "single_transformer_blocks.*", flux_pipeline, flux_draw
     ),
-}
+    "flux-controlnet": Tiny(
+        "FluxControlNetModel", flux_controlnet, flux_controlnet_inputs, 4, "single_transformer_blocks.*"
+    ),
+    "flux-controlnet-union": Tiny(
+        "FluxControlNetModel", flux_union_controlnet, flux_union_inputs, 4, "single_transformer_blocks.*",
+        runs=mode_and_text,
+    ),
+}  # fmt: skip

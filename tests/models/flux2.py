@@ -1,0 +1,37 @@
+"""FLUX.2: FLUX's double blocks; single blocks with attention and MLP in one projection; places on four axes."""
+
+import diffusers
+import torch
+from torch import Tensor
+
+from .base import TEXT, Tiny, noise
+
+
+def flux2() -> torch.nn.Module:
+    return diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), mlp_ratio=2.0,
+    )  # fmt: skip
+
+
+def flux2_ids(height: int, width: int, frame: int = 0) -> Tensor:
+    """`img_ids` as Flux2Pipeline makes them, for one sample."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    return torch.cartesian_prod(zero + frame, torch.arange(height), torch.arange(width), zero)
+
+
+def flux2_inputs(height: int, width: int) -> dict:
+    words = torch.cartesian_prod(*[torch.zeros(1, dtype=torch.int64)] * 3, torch.arange(TEXT))
+    return {
+        "hidden_states": noise(2, height * width, 16),
+        "encoder_hidden_states": noise(2, TEXT, 24, seed=2),
+        "timestep": torch.tensor([0.5, 0.7]),
+        "img_ids": flux2_ids(height, width).expand(2, -1, -1),
+        "txt_ids": words.expand(2, -1, -1),
+        "guidance": torch.tensor([3.0, 4.0]),
+    }
+
+
+HOSTS = {}
+if hasattr(diffusers, "Flux2Transformer2DModel"):
+    HOSTS["flux2"] = Tiny("Flux2Transformer2DModel", flux2, flux2_inputs, 4, "single_transformer_blocks.*")
