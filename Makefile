@@ -30,14 +30,16 @@ test-oldest: .venv/oldest
 	PYTHONPATH=.venv/oldest-hosts $(BIN)/python -c "import diffusers, transformers; print('diffusers', diffusers.__version__, 'transformers', transformers.__version__)"
 	PYTHONPATH=.venv/oldest-hosts $(BIN)/pytest -m parity
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+# a stamp rather than bin/python, which a failed venv (Debian without python3-venv) leaves behind
+.venv/made:
+	$(PYTHON) -m venv --clear .venv
+	touch $@
 
-.venv/base: pyproject.toml constraints.txt | .venv/bin/python
+.venv/base: pyproject.toml constraints.txt | .venv/made
 	$(PIP) -e .
 	touch $@
 
-.venv/dev: pyproject.toml constraints.txt | .venv/bin/python
+.venv/dev: pyproject.toml constraints.txt | .venv/made
 	$(PIP) -e ".[dev]"
 	touch $@ .venv/base
 

@@ -2,12 +2,15 @@
 
 import argparse
 import logging
+import math
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline
+from tqdm import tqdm
 
 from linfusion.demos.emoji import evaluate
 from linfusion.demos.emoji.data import EmojiData, load_data
@@ -18,7 +21,7 @@ from linfusion.demos.emoji.loop import Length, write_json
 from linfusion.demos.emoji.models import TINY, Denoiser, Sizes, pack
 from linfusion.demos.emoji.sheets import UNSEEN, sheet
 from linfusion.demos.emoji.text import build_tokenizer
-from linfusion.demos.emoji.vae import encode_all, normalise_latents, psnr, set_normalisation, train_vae
+from linfusion.demos.emoji.vae import encode_all, normalise_latents, set_normalisation, train_vae
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             f"--minutes-{stage}", type=float, help="as many steps as fit, by the speed of the first ones"
         )
         parser.add_argument(f"--batch-{stage}", type=int, default=batch, help="(default %(default)s)")
+    parser.add_argument("--model", type=Path, help="the folder that evaluate measures (default OUTPUT/emoji-flux)")
     parser.add_argument("--captions", type=int, default=512, help="for the final retrieval (default %(default)s)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="for that too (default 3)")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="write a checkpoint and leave after these")
@@ -123,15 +127,17 @@ def _train(
 
 def _evaluate(args: argparse.Namespace, data: EmojiData) -> None:
     """Figures and sheets of the exported folder, as shipped: bf16 weights, fp32 arithmetic."""
-    folder = args.output / MODEL
+    folder = args.model or args.output / MODEL
     if not folder.is_dir():
-        raise ValueError(f"no exported model in {folder}; run --stage export first")
+        raise ValueError(f"no exported model in {folder}; run --stage export first, or name one with --model")
     pipe = FluxPipeline.from_pretrained(folder).to(args.device)
     captions = evaluate.choose_captions(data, args.captions)
-    copied = evaluate.retrieved(_copies(pipe.vae, data), data.captions, evaluate.data_thumbnails(data), data.captions)
+    copies, vae_psnr = _copies(pipe.vae, data)
+    copied = evaluate.retrieved(copies, data.captions, evaluate.data_thumbnails(data), data.captions)
+    logger.info("PSNR of the autoencoder's copies %.2f dB", vae_psnr)
     figures = {
         "pictures": len(data),
-        "vae_psnr_db": psnr(pipe.vae, data),
+        "vae_psnr_db": vae_psnr,
         "retrieval_of_vae_copies": sum(copied) / len(copied),
         "captions": len(captions),
         "retrieval": {
@@ -152,14 +158,16 @@ def _evaluate(args: argparse.Namespace, data: EmojiData) -> None:
     sheet([evaluate.draw(pipe, UNSEEN)], UNSEEN, args.output / "emoji-unseen.png", side=128)
 
 
-def _copies(vae: AutoencoderKL, data: EmojiData, batch: int = 64) -> torch.Tensor:
+def _copies(vae: AutoencoderKL, data: EmojiData, batch: int = 64) -> tuple[torch.Tensor, float]:
+    """Thumbnails of the autoencoder's copies of all pictures, and the copies' PSNR in dB (of the mean squared error)."""
+    small, total = [], 0.0
     with torch.no_grad():
-        return torch.cat(
-            [
-                evaluate.thumbnails(vae.decode(vae.encode(data.pixels(slice(i, i + batch))).latent_dist.mean).sample)
-                for i in range(0, len(data), batch)
-            ]
-        )
+        for start in tqdm(range(0, len(data), batch), desc="copies", unit="batch"):
+            pixels = data.pixels(slice(start, start + batch))
+            copies = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+            total += F.mse_loss(copies, pixels, reduction="sum").item()
+            small.append(evaluate.thumbnails(copies))
+    return torch.cat(small), 10 * math.log10(4 * data.images.numel() / total)
 
 
 if __name__ == "__main__":

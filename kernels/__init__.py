@@ -17,9 +17,22 @@ if __name__ == "kernels":
     else:
         __version__ = "0"
 else:
+    from .agent import agent_attention, pool_agents, resize_bias
+    from .depthwise import depthwise_conv
     from .linear import linear_attention
     from .pool import pool_grid
     from .rotary import RopeTables, rotate
     from .window import window_attention, window_pairs
 
-    __all__ = ["RopeTables", "linear_attention", "pool_grid", "rotate", "window_attention", "window_pairs"]
+    __all__ = [
+        "RopeTables",
+        "agent_attention",
+        "depthwise_conv",
+        "linear_attention",
+        "pool_agents",
+        "pool_grid",
+        "resize_bias",
+        "rotate",
+        "window_attention",
+        "window_pairs",
+    ]

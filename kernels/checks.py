@@ -33,6 +33,14 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`[B, S, H, D]` with its `H * D` channels in `heads` heads; ValueError where these do not divide them."""
+    channels = x.shape[2] * x.shape[3]
+    if heads < 1 or channels % heads:
+        raise ValueError(f"heads={heads} does not divide the {channels} channels of {x.shape[2]} heads.")
+    return x.flatten(2).unflatten(-1, (heads, -1))
+
+
 def check_grid(grid: Sequence[int], tokens: int, text: int, text_mask: Tensor | None, batch: int) -> tuple[int, ...]:
     """The grid as a tuple of 2 or 3 lengths; ValueError unless it and `text` make up `tokens`."""
     grid = tuple(int(n) for n in grid)
@@ -68,3 +76,48 @@ def check_radius(radius: float | Sequence[float], axes: int | None = None) -> tu
         elif len(values) != axes:
             raise ValueError(f"radius {radius!r} has {len(values)} axes, the grid has {axes}.")
     return values
+
+
+def check_kernel(v: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A depthwise convolution's weight as `[H * D, 1, k, k]` and bias as `[H * D]`, both in the dtype of v.
+
+    Raises:
+        ValueError: an even kernel, or weights for another number of channels than `v` `[B, N, H, D]` has.
+    """
+    if v.ndim != 4:
+        raise ValueError(f"v must be [B, N, H, D], got shape {tuple(v.shape)}.")
+    heads, dim = v.shape[2:]
+    if weight.ndim != 3 or weight.shape[0] not in (dim, heads * dim):
+        raise ValueError(f"weight must be [{dim} or {heads * dim}, k, k], got shape {tuple(weight.shape)}.")
+    if weight.shape[1] % 2 == 0 or weight.shape[2] % 2 == 0:
+        raise ValueError(f"An even kernel has no centre: weight must be [C, k, k], k odd, got {tuple(weight.shape)}.")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}] as the weight, got shape {tuple(bias.shape)}.")
+    copies = heads * dim // weight.shape[0]
+    weight = weight.to(v.dtype).repeat(copies, 1, 1).unsqueeze(1)
+    return weight, None if bias is None else bias.to(v.dtype).repeat(copies)
+
+
+def check_agents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    scale: float | None,
+    agent_scale: float | None,
+    key_bias: Tensor | None,
+    query_bias: Tensor | None,
+) -> tuple[float, float]:
+    """Both scales of `agent_attention`; ValueError unless its tensors belong together."""
+    check_qkv(q, k, v)
+    if agents.ndim != 4 or agents.shape[0] != q.shape[0] or agents.shape[2:] != q.shape[2:] or agents.dtype != q.dtype:
+        raise ValueError(f"agents must be [B, n, H, D] as q {tuple(q.shape)}, got {tuple(agents.shape)}.")
+    count = agents.shape[1]
+    for name, b, shape in (
+        ("key_bias", key_bias, (count, k.shape[1])),
+        ("query_bias", query_bias, (q.shape[1], count)),
+    ):
+        if b is not None and (b.ndim != 3 or b.shape[0] not in (1, q.shape[2]) or tuple(b.shape[1:]) != shape):
+            raise ValueError(f"{name} must be [{q.shape[2]} or 1, {shape[0]}, {shape[1]}], got {tuple(b.shape)}.")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return scale, scale if agent_scale is None else float(agent_scale)

@@ -4,13 +4,14 @@ Tests measure against these functions in float64. They favour clearness; `window
 score matrix and is no path for real sizes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_grid, check_qkv, check_radius, repeat_heads
+from .checks import check_agents, check_grid, check_kernel, check_qkv, check_radius, repeat_heads, split_heads
 from .rotary import RopeTables, rotate
 
 FEATURE_MAPS = {
@@ -18,6 +19,7 @@ FEATURE_MAPS = {
     "relu": F.relu,
     "softmax": lambda x: x.softmax(dim=-1),
     "identity": lambda x: x,
+    "relu_eps": lambda x: F.relu(x) + 1e-6,
 }
 NORMALIZE = ("divide", "none")
 
@@ -42,21 +44,116 @@ def linear_attention(
     normalize: str = "divide",
     eps: float = 1e-6,
     rope: RopeTables | None = None,
+    heads: int | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """See `linfusion.kernels.linear_attention`."""
     check_qkv(q, k, v)
     phi = named_feature_map(feature_map)
     if normalize not in NORMALIZE:
         raise ValueError(f"Unknown normalize={normalize!r}. Available: {', '.join(NORMALIZE)}.")
-    dtype, heads, n = q.dtype, q.shape[2], k.shape[1]
-    q, k, v = _wide(q, repeat_heads(k, heads), repeat_heads(v, heads))
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]):
+        raise ValueError(
+            f"key_mask must be bool [B, S_k] = {tuple(k.shape[:2])}, got {tuple(key_mask.shape)} {key_mask.dtype}."
+        )
+    dtype, shape = q.dtype, (*q.shape[:3], v.shape[-1])
+    q, k, v = _wide(q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2]))
     q, k = phi(q), phi(k)
+    count = k.new_full((), k.shape[1])
+    if key_mask is not None:
+        k = k * key_mask[..., None, None]
+        count = key_mask.sum(dim=1).clamp(min=1)[:, None, None].to(k.dtype)
     rq, rk = (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
-    state = torch.einsum("bshd,bshe->bhde", rk, v) / n
+    q, k, rq, rk, v = (x if heads is None else split_heads(x, heads) for x in (q, k, rq, rk, v))
+    state = torch.einsum("bshd,bshe->bhde", rk, v) / count[..., None]
     out = torch.einsum("bshd,bhde->bshe", rq, state)
     if normalize == "divide":
-        out = out / (torch.einsum("bshd,bhd->bsh", q, k.mean(dim=1)) + eps).unsqueeze(-1)
-    return out.to(dtype)
+        out = out / (torch.einsum("bshd,bhd->bsh", q, k.sum(dim=1) / count) + eps).unsqueeze(-1)
+    return out.reshape(shape).to(dtype)
+
+
+def depthwise_conv(v: Tensor, *, grid: Sequence[int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `linfusion.kernels.depthwise_conv`."""
+    h, w = check_grid(grid, v.shape[1], 0, None, v.shape[0])[-2:]
+    kernel, shift = check_kernel(v, weight, bias)
+    image, kernel = _wide(v.reshape(-1, h, w, v.shape[2] * v.shape[3]), kernel[:, 0])
+    rows, columns = kernel.shape[1:]
+    image = F.pad(image, (0, 0, columns // 2, columns // 2, rows // 2, rows // 2))
+    out = image.new_zeros(()) if shift is None else shift
+    for y in range(rows):
+        for x in range(columns):
+            out = out + image[:, y : y + h, x : x + w] * kernel[:, y, x]
+    return out.reshape(v.shape).to(v.dtype)
+
+
+def agent_grid(agents: int | tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Cells along each axis of the grid.
+
+    One number is factorised so that the cells' sides, in tokens, are as equal as can be; of equally good ones, that
+    with fewer cells on the earlier axes.
+
+    Raises:
+        ValueError: cells for another number of axes.
+    """
+    if not isinstance(agents, int):
+        if len(agents) != len(grid):
+            raise ValueError(f"agents={agents} has {len(agents)} axes, the grid has {len(grid)}.")
+        return tuple(agents)
+
+    def spread(cells: tuple[int, ...]) -> float:
+        sides = [math.log(n / c) for n, c in zip(grid, cells, strict=True)]
+        return round(sum((side - sum(sides) / len(sides)) ** 2 for side in sides), 9)
+
+    return min(_factorisations(agents, len(grid)), key=spread)
+
+
+def _factorisations(number: int, factors: int) -> list[tuple[int, ...]]:
+    """All of them, those with small first factors first."""
+    if factors == 1:
+        return [(number,)]
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return [(d, *rest) for d in divisors for rest in _factorisations(number // d, factors - 1)]
+
+
+def pool_agents(x: Tensor, *, grid: Sequence[int], agents: int | Sequence[int]) -> Tensor:
+    """See `linfusion.kernels.pool_agents`."""
+    grid = check_grid(grid, x.shape[1], 0, None, x.shape[0])
+    cells = agent_grid(agents if isinstance(agents, int) else tuple(agents), grid)
+    pool: Callable[..., Tensor] = F.adaptive_avg_pool2d if len(grid) == 2 else F.adaptive_avg_pool3d
+    image = _wide(x)[0].flatten(2).transpose(1, 2).unflatten(2, grid)
+    return pool(image, cells).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:]).to(x.dtype)
+
+
+def resize_bias(table: Tensor, *, grid: Sequence[int], tokens: int) -> Tensor:
+    """See `linfusion.kernels.resize_bias`."""
+    grid = check_grid(grid, tokens, 0, None, 0)
+    resized = F.interpolate(_wide(table)[0], size=grid[-2:], mode="bilinear")
+    return resized.flatten(-2).repeat(1, 1, math.prod(grid[:-2])).to(table.dtype)
+
+
+def agent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    *,
+    scale: float | None = None,
+    agent_scale: float | None = None,
+    key_bias: Tensor | None = None,
+    query_bias: Tensor | None = None,
+) -> Tensor:
+    """See `linfusion.kernels.agent_attention`."""
+    scale, agent_scale = check_agents(q, k, v, agents, scale, agent_scale, key_bias, query_bias)
+    dtype = q.dtype
+    q, k, v, agents = _wide(q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2]), agents)
+    from_keys = torch.einsum("bnhd,bkhd->bhnk", agents, k) * scale
+    to_queries = torch.einsum("bqhd,bnhd->bhqn", q, agents) * agent_scale
+    if key_bias is not None:
+        from_keys = from_keys + key_bias
+    if query_bias is not None:
+        to_queries = to_queries + query_bias
+    gathered = torch.einsum("bhnk,bkhd->bhnd", from_keys.softmax(dim=-1), v)
+    return torch.einsum("bhqn,bhnd->bqhd", to_queries.softmax(dim=-1), gathered).to(dtype)
 
 
 def window_mask(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device | None = None) -> Tensor:

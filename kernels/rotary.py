@@ -25,16 +25,38 @@ class RopeTables(NamedTuple):
         tokens = slice(start, stop) if self.cos.ndim == 2 else (slice(None), slice(start, stop))
         return RopeTables(self.cos[tokens], self.sin[tokens], self.interleaved)
 
+    def still(self, tokens: int, *, first: bool) -> "RopeTables":
+        """With so many tokens more that do not turn, before the others or after them."""
+
+        def extend(table: Tensor, value: float) -> Tensor:
+            axis = 0 if table.ndim == 2 else 1
+            more = table.new_full((*table.shape[:axis], tokens, *table.shape[axis + 1 :]), value)
+            return torch.cat((more, table) if first else (table, more), dim=axis)
+
+        return RopeTables(extend(self.cos, 1.0), extend(self.sin, 0.0), self.interleaved)
+
     def expanded(self) -> tuple[Tensor, Tensor]:
         """cos and sin as `[B or 1, S, H or 1, D]`."""
         cos, sin = (t[None, :, None, :] if t.ndim == 2 else t for t in self[:2])
         return cos, sin
 
 
+def _fitting(x: Tensor) -> tuple[tuple[int, ...], ...]:
+    """What each axis of expanded tables may be for `x` `[B, S, H, D]`."""
+    batch, tokens, heads, dim = x.shape
+    return (1, batch), (tokens,), (1, heads), (dim,)
+
+
 def rotate(x: Tensor, tables: RopeTables) -> Tensor:
-    """Rotate `x` `[B, S, H, D]` by the tables, in fp32 at least; returns `x`'s dtype."""
+    """Rotate `x` `[B, S, H, D]` by the tables, in fp32 at least; returns `x`'s dtype.
+
+    Raises:
+        ValueError: tables of another length or head dim, or of another batch or number of heads that is not one.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t.to(x.device, wide) for t in tables.expanded())
+    if any(have not in allowed for have, allowed in zip(cos.shape, _fitting(x), strict=True)):
+        raise ValueError(f"Rotation tables {tuple(tables.cos.shape)} do not fit [B, S, H, D] = {tuple(x.shape)}.")
     y = x.to(wide)
     if tables.interleaved:
         a, b = y.unflatten(-1, (-1, 2)).unbind(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import check_grid, check_qkv, check_radius, repeat_heads
 from .reference import window_weights
-from .window_torch import _softmax, attention_backward, image_backward, image_forward
+from .window_torch import attention_backward, image_backward, image_forward, softmax
 
 
 def window_attention(
@@ -57,6 +57,7 @@ def window_attention(
     reach = check_radius(radius, len(grid))
     if pooled_k is not None and pooled_v is not None:
         check_qkv(q, pooled_k, pooled_v)
+        pooled_k, pooled_v = (repeat_heads(x, q.shape[2]) for x in (pooled_k, pooled_v))
     elif pooled_k is not None or pooled_v is not None:
         raise ValueError("pooled_k and pooled_v go together; one of them is missing.")
     heads = q.shape[2]
@@ -135,7 +136,7 @@ def _window_op(
         qt, kt, vt = q[:, p.words].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out[:, p.words] = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=p.all_mask, scale=scale).transpose(1, 2)
         if return_lse:
-            lse[:, p.words] = _softmax(qt, kt, p.all_mask, scale)[1].transpose(1, 2)
+            lse[:, p.words] = softmax(qt, kt, p.all_mask, scale)[1].transpose(1, 2)
     return out, lse
 
 

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     queries: Tensor  # [tiles, Q] token of each query slot; slots past the border repeat the last token
     keys: Tensor  # [tiles, K]
     slot: Tensor  # [N] where each token's result stands in the flattened [tiles * Q]
-    distance: tuple[Tensor, ...]  # per axis [axis tiles, tile, span]: weighted squared distances, float64
+    distance: tuple[Tensor, ...]  # per axis [axis tiles, tile, span]: weighted squared distances
     shape: tuple[int, ...]  # axis tiles
     bound: float
 
@@ -33,6 +33,7 @@ class Plan(NamedTuple):
 def plan(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device) -> Plan:
     """The tiles of a grid. Cached by value: grids with equally many tokens never share an entry."""
     weights, bound = window_weights(radius)
+    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64; exact to 4,096 tokens a side
     tiles, q_axes, k_axes, distance = [], [], [], []
     with torch.inference_mode(False):  # the cache outlives an inference-mode caller
         for n, r, weight in zip(grid, radius, weights, strict=True):
@@ -42,7 +43,7 @@ def plan(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device)
             start = torch.arange(0, n, tile, device=device)
             q = (start[:, None] + torch.arange(tile, device=device)).clamp(max=n - 1)
             k = (start - halo).clamp(0, n - span)[:, None] + torch.arange(span, device=device)
-            distance.append((q[:, :, None] - k[:, None, :]).double() ** 2 * weight)
+            distance.append((q[:, :, None] - k[:, None, :]).to(wide) ** 2 * weight)
             tiles.append(len(start))
             q_axes.append(q)
             k_axes.append(k)
@@ -115,7 +116,7 @@ def _full_mask(window: Tensor, context: int, context_mask: Tensor | None, batch:
     return window.flatten(0, 1).unsqueeze(1)
 
 
-def _softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Probabilities and log-sum-exp, in fp32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
@@ -135,7 +136,7 @@ def image_forward(q, k, v, context_k, context_v, context_mask, grid, radius, sca
         kt = _with_context(k, p.keys[first:last], context_k)
         vt = _with_context(v, p.keys[first:last], context_v)
         if return_lse:
-            probs, lse = _softmax(qt, kt, mask, scale)
+            probs, lse = softmax(qt, kt, mask, scale)
             outs.append((probs.to(v.dtype) @ vt).transpose(1, 2).unflatten(0, (batch, -1)))
             lses.append(lse.transpose(1, 2).unflatten(0, (batch, -1)))
         else:
@@ -147,7 +148,7 @@ def image_forward(q, k, v, context_k, context_v, context_mask, grid, radius, sca
 
 def attention_backward(q, k, v, mask, scale, grad_out, grad_lse):
     """Gradients of softmax attention on `[..., L, D]` tensors, by recomputing the probabilities."""
-    probs, _ = _softmax(q, k, mask, scale)
+    probs, _ = softmax(q, k, mask, scale)
     wide = probs.dtype
     grad_out = grad_out.to(wide)
     grad_v = probs.transpose(-1, -2) @ grad_out

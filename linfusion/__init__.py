@@ -18,7 +18,7 @@ if not os.path.isdir(
 from .apply import applied, apply, attn_processors, restore
 from .describe import describe
 from .families import families
-from .mechanisms import CLEAR, LinFusion, Softmax, mechanisms
+from .mechanisms import CLEAR, Agent, AgentSD, LinFusion, LiT, Softmax, mechanisms
 from .version import __version__
 from .weights import load, save
 
@@ -40,6 +40,9 @@ def demo_pipeline(name: str = "emoji-flux", **kwargs: _Any) -> _Any:
 
 __all__ = [
     "CLEAR",
+    "Agent",
+    "AgentSD",
+    "LiT",
     "LinFusion",
     "Softmax",
     "__version__",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, read_adapter, swap_host
-from .call import Layout, Site
+from .call import Clock, Layout, Site
 from .families import Family, family_of
 from .families.base import Processor, backend_name, is_default_backend
 from .mechanisms import Mechanism, MechanismConfig
+from .offload import without_sequential_offload
 
 Choice = MechanismConfig | Mapping[str, MechanismConfig]
 Layers = Callable[[str], bool] | str | Sequence[str] | None
@@ -43,6 +44,8 @@ class Record:
     entries: dict[str, Entry] = field(default_factory=dict)
     hosts: dict[str, HostState] = field(default_factory=dict)
     sites: dict[str, tuple[Site, Layout]] = field(default_factory=dict)  # of every layer that could have been chosen
+    clock: Clock = field(default_factory=Clock)
+    read_time: Callable[..., float] | None = None  # where some mechanism needs the clock
     originals: dict[str, Tensor] = field(default_factory=dict)  # host parameters that loaded weights replaced
 
 
@@ -85,9 +88,9 @@ def apply_adapter(pipe_or_model: Host, mechanism: Choice, layers: Layers, adapte
     for model, record in plans:
         if adapter is not None:
             adapter.check(model, {name: e.mechanism for name, e in record.entries.items()})
-    parameters = any(_has_parameters(record) for _, record in plans)
+    added = any(_has_parameters(record) for _, record in plans) or bool(adapter and adapter.host)
     done: list[tuple[nn.Module, Record | None]] = []
-    with _without_sequential_offload(pipe_or_model, parameters or bool(adapter and adapter.host)):
+    with without_sequential_offload(pipe_or_model, models, added or _has_originals(models)):
         try:
             for model, record in plans:
                 done.append((model, _replace(model, record, adapter)))
@@ -105,7 +108,7 @@ def restore(pipe_or_model: Host) -> Host:
         `pipe_or_model`; one that was never changed is left alone.
     """
     models = denoisers(pipe_or_model)
-    with _without_sequential_offload(pipe_or_model):
+    with without_sequential_offload(pipe_or_model, models, _has_originals(models)):
         for model in models:
             _detach(model)
     return pipe_or_model
@@ -135,7 +138,7 @@ def attn_processors(model: Any, mechanism: Choice, *, layers: Layers = None) -> 
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_processor"):
         raise ValueError(f"{type(model).__name__} has no set_attn_processor; use linfusion.apply.")
     record = _plan(model, mechanism, layers)
-    with _without_sequential_offload(model, _has_parameters(record)):
+    with without_sequential_offload(model, [model], _has_parameters(record) or _has_originals([model])):
         _replace(model, record, None, set_processors=False)
     processors: Any = model.attn_processors
     return dict(processors) | {f"{name}.processor": entry.processor for name, entry in record.entries.items()}
@@ -143,10 +146,15 @@ def attn_processors(model: Any, mechanism: Choice, *, layers: Layers = None) -> 
 
 def denoisers(pipe_or_model: Any) -> list[nn.Module]:
     """The models whose attention counts: the pipeline's unet or transformers, or the model itself."""
+    return list(named_denoisers(pipe_or_model).values())
+
+
+def named_denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
+    """`denoisers` by the pipeline's names for them, which tell two of one class apart (Wan 2.2); "" for a model."""
     if isinstance(pipe_or_model, nn.Module):
-        return [getattr(pipe_or_model, "_orig_mod", pipe_or_model)]
-    found = [getattr(pipe_or_model, name, None) for name in COMPONENTS]
-    models = [getattr(m, "_orig_mod", m) for m in found if isinstance(m, nn.Module)]
+        return {"": getattr(pipe_or_model, "_orig_mod", pipe_or_model)}
+    found = {name: getattr(pipe_or_model, name, None) for name in COMPONENTS}
+    models = {name: getattr(m, "_orig_mod", m) for name, m in found.items() if isinstance(m, nn.Module)}
     if not models:
         raise ValueError(
             f"{type(pipe_or_model).__name__} has no {', '.join(COMPONENTS[:-1])}: pass a diffusers pipeline or model."
@@ -170,19 +178,32 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
     targets = list(family.layers(model))
     chosen = _choose([name for name, _ in targets], mechanism, layers)
     hosts = dict(family.hosts(model))
+    levels = None if family.levels is None else family.levels(model)
     previous = record_of(model)
     record = Record()
     for name, attn in targets:
         state = record.hosts.setdefault(_host_of(name, hosts), HostState(Layout(), family.layout, frozenset()))
-        record.sites[name] = family.site(name, attn), state.layout
-        if name not in chosen:
+        site = family.site(name, attn)
+        if levels is not None:
+            site = replace(site, level=levels[name])
+        record.sites[name] = site, state.layout
+        if name not in chosen or not chosen[name].takes(site):
             continue
         original = attn.processor
         if previous is not None and name in previous.entries:
             original = previous.entries[name].original
         entry = record.entries[name] = _entry(family, record.sites[name][0], attn, chosen[name], original)
-        entry.mechanism.layout = state.layout
+        entry.mechanism.layout, entry.mechanism.clock = state.layout, record.clock
         state.needs |= entry.mechanism.needs
+        if "time" in entry.mechanism.needs:
+            if family.time is None:
+                raise NotImplementedError(
+                    f"{type(chosen[name]).__name__} changes with the noise level, which {family.model}'s time argument "
+                    "does not tell as a share of the schedule."
+                )
+            record.read_time = family.time
+    if not record.entries:
+        raise ValueError(f"No layer was chosen out of {len(targets)} ({_examples(list(chosen))}).")
     return record
 
 
@@ -227,7 +248,9 @@ def _choose(names: list[str], mechanism: Choice, layers: Layers) -> dict[str, Me
     if layers is None or callable(layers):
         wanted = [n for n in names if layers is None or layers(n)]
     else:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
+        patterns = [layers] if isinstance(layers, str) else layers
+        if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+            raise ValueError(f"layers must be a pattern, several, or a predicate on the name, got {layers!r}.")
         for pattern in patterns:
             if not any(fnmatchcase(n, pattern) for n in names):
                 raise ValueError(f"layers={pattern!r} matches none of the {len(names)} layers ({_examples(names)}).")
@@ -291,6 +314,8 @@ def _attach(model: nn.Module, record: Record, set_processors: bool = True) -> No
         host = model.get_submodule(name)
         setattr(host, HOST, state)
         host.register_forward_pre_hook(_read_layout, with_kwargs=True)
+    if record.read_time is not None:
+        model.register_forward_pre_hook(_read_time, with_kwargs=True)
 
 
 def _detach(model: nn.Module) -> Record | None:
@@ -308,15 +333,31 @@ def _detach(model: nn.Module) -> Record | None:
             del attn.linfusion
         if attn.processor is not entry.original:
             attn.set_processor(entry.original)
+        # while projections are fused, diffusers keeps what it will set again
+        kept = getattr(model, "original_attn_processors", None)
+        if kept is not None and kept.get(f"{name}.processor") is entry.processor:
+            kept[f"{name}.processor"] = entry.original
+    _unhook(model, _read_time)
     for name in record.hosts:
         host = model.get_submodule(name)
-        # found by function, not by handle: handles do not survive copies and pickles of the model
-        for key in [k for k, fn in host._forward_pre_hooks.items() if fn is _read_layout]:
-            del host._forward_pre_hooks[key]
-            host._forward_pre_hooks_with_kwargs.pop(key, None)
+        _unhook(host, _read_layout)
         host.__dict__.pop(HOST, None)
     delattr(model, RECORD)
     return record
+
+
+def _unhook(module: nn.Module, function: Callable[..., None]) -> None:
+    """By function, not by handle: handles do not survive copies and pickles of the model."""
+    for key in [k for k, fn in module._forward_pre_hooks.items() if fn is function]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _read_time(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Runs before a model's forward where a mechanism needs the clock; it waits for the device."""
+    record = record_of(model)
+    if record is not None and record.read_time is not None:
+        record.clock.time = record.read_time(model, args, kwargs)
 
 
 def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -332,25 +373,6 @@ def _has_parameters(record: Record) -> bool:
     return any(True for entry in record.entries.values() for _ in entry.mechanism.parameters())
 
 
-@contextmanager
-def _without_sequential_offload(pipe_or_model: Any, parameters: bool = False) -> Iterator[None]:
-    """accelerate's per-layer offload keeps the values elsewhere: lift it while parameters are added or written.
-
-    `parameters` tells whether some are to come in; host parameters may have to go back in any case.
-    """
-    models = denoisers(pipe_or_model)
-    parameters = parameters or any(record.originals for m in models if (record := record_of(m)) is not None)
-    offloaded = any(p.device.type == "meta" for m in models for p in m.parameters())
-    if not (parameters and offloaded):
-        yield
-        return
-    if not hasattr(pipe_or_model, "enable_sequential_cpu_offload"):
-        raise ValueError(
-            "The model is offloaded layer by layer, so parameters cannot be added or put back: "
-            "do this to the pipeline, or before the model is offloaded."
-        )
-    pipe_or_model.remove_all_hooks()
-    try:
-        yield
-    finally:
-        pipe_or_model.enable_sequential_cpu_offload(device=getattr(pipe_or_model, "_offload_device", None))
+def _has_originals(models: Sequence[nn.Module]) -> bool:
+    """Whether host parameters have to go back when what is on comes off."""
+    return any(record.originals for m in models if (record := record_of(m)) is not None)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import RopeTables
+from .kernels.checks import repeat_heads
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Site:
         heads, head_dim: of the queries.
         axes: of the token grid, 2 for pictures, 3 for video.
         joint: whether text tokens stand in the same sequence.
+        rotary: whether the host rotates queries and keys by their place on the grid.
+        level: halvings between the model's finest attention grid and this layer's (UNets).
     """
 
     name: str
@@ -31,6 +34,8 @@ class Site:
     head_dim: int
     axes: int = 2
     joint: bool = False
+    rotary: bool = False
+    level: int = 0
 
 
 @dataclass
@@ -48,8 +53,30 @@ class Layout:
     text_mask: Tensor | None = None
 
 
+@dataclass
+class Clock:
+    """Where on the noise schedule the model's latest forward was: 1 is pure noise, 0 the picture, None is unknown."""
+
+    time: float | None = None
+
+
+class Merged(NamedTuple):
+    """What a mechanism that merges tokens hands to the host's projections, and the way back.
+
+    Attributes:
+        tokens: `[B, M, C]`, to be projected instead of the hidden states `[B, N, C]`.
+        agents: `[B, A, C]`, to be projected as queries too, or None.
+        expand: takes the layer's output `[B, M, C]` to `[B, N, C]`.
+    """
+
+    tokens: Tensor
+    agents: Tensor | None
+    expand: Callable[[Tensor], Tensor]
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """PyTorch's attention on `[B, S, H, D]`, as diffusers' plain processors call it."""
+    """PyTorch's attention on `[B, S, H, D]`, as diffusers' plain processors call it; k and v may have fewer heads."""
+    k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False)
     return out.transpose(1, 2)
@@ -93,8 +120,10 @@ class AttnCall:
         text_mask: `[B, text]` bool, which of them are real; None for all.
         norms, rope: the host's, not yet applied.
         scale: the host's softmax scale, None for `D ** -0.5`.
-        exact: the host's own attention, `exact(q, k, v, mask=None)` on `[B, S, H, D]`.
+        exact: the host's own attention, `exact(q, k, v, mask=None)` on `[B, S, H, D]`; k and v with the heads that
+            they have here.
         mask: whatever mask the host brought for the whole sequence; only `Softmax` can honour it.
+        agents: `[B, A, H, D]`, queries of the agents of a mechanism that merges tokens.
     """
 
     q: Tensor
@@ -109,6 +138,7 @@ class AttnCall:
     scale: float | None = None
     exact: Callable[..., Tensor] = sdpa
     mask: Tensor | None = None
+    agents: Tensor | None = None
     _normalised: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _rotated: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
@@ -137,6 +167,21 @@ class AttnCall:
         if text.shape[1] == 0:
             return image
         return torch.cat((text, image) if self.text_first else (image, text), dim=1)
+
+    def tables(self) -> RopeTables | None:
+        """The rotation of the whole sequence as tables: text that the host does not rotate has the angle zero."""
+        if self.rope is None:
+            return None
+        if self.rope.covers_text or self.text == 0:
+            return self.rope.tables
+        return self.rope.tables.still(self.text, first=self.text_first)
+
+    def real_tokens(self) -> Tensor | None:
+        """`[B, S]` bool, False where text is padding; None where there is no padding."""
+        if self.text_mask is None or self.text == 0:
+            return None
+        image = self.text_mask.new_ones((self.text_mask.shape[0], self.q.shape[1] - self.text))
+        return self.join(self.text_mask, image)
 
     def image_tables(self) -> RopeTables | None:
         """The rotation of the image part as tables; None where the host does not rotate."""

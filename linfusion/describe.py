@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .apply import denoisers, record_of
+from .apply import named_denoisers, record_of
 from .families import family_of
 from .families.base import Family, Processor, class_names
 
@@ -37,7 +37,7 @@ class Description:
 
     @property
     def replaced(self) -> int:
-        """How many layers run a mechanism other than the host's own."""
+        """How many layers run a mechanism, `Softmax` included."""
         return sum(r.mechanism is not None for r in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,18 +75,18 @@ def describe(pipe_or_model: Any) -> Description:
     """
     reports: list[LayerReport] = []
     done = total = 0.0
-    models = denoisers(pipe_or_model)
-    for model in models:
+    models = named_denoisers(pipe_or_model)
+    for component, model in models.items():
         family = family_of(model)
         record = record_of(model)
         targets = dict(family.layers(model))
-        prefix = "" if len(models) == 1 else f"{type(model).__name__}."
+        prefix = "" if len(models) == 1 else f"{component}."
         for name, attn in attention_layers(model):
             entry = None if record is None else record.entries.get(name)
             exact = weight = 0.0
             if record is not None and name in record.sites:
                 site, layout = record.sites[name]
-                text = layout.text if site.joint else 0
+                text = family.text(site, layout)
                 weight = site.heads * site.head_dim
                 exact = weight * float(layout.tokens + text) ** 2
             total += exact
@@ -97,11 +97,12 @@ def describe(pipe_or_model: Any) -> Description:
                 continue
             grid = None if layout.grid is None else tuple(int(n) for n in layout.grid)
             parameters = sum(p.numel() for p in entry.mechanism.parameters())
+            note = "replaced" if "grid" in entry.mechanism.needs or grid else "replaced; needs no grid"
             shown = text if site.joint and layout.tokens else None
-            reports.append(LayerReport(prefix + name, str(entry.mechanism.config), grid, shown, parameters, "replaced"))
+            reports.append(LayerReport(prefix + name, str(entry.mechanism.config), grid, shown, parameters, note))
             if layout.tokens:
                 done += weight * entry.mechanism.pairs(grid or (layout.tokens,), text)
-    name = " + ".join(dict.fromkeys(type(m).__name__ for m in models))
+    name = " + ".join(dict.fromkeys(type(m).__name__ for m in models.values()))
     return Description(name, tuple(reports), done / total if total else None)
 
 
@@ -123,4 +124,10 @@ def _reason(family: Family, name: str, attn: nn.Module, targets: dict[str, nn.Mo
     parts = name.split(".")
     if any("temporal" in p or "motion" in p for p in parts):
         return "temporal attention"
+    if any("context" in p for p in parts):
+        return "text-only attention"
+    if parts[-1] == "attn2":  # some hosts do not say that theirs is
+        return "cross-attention"
+    if any("siglip" in p for p in parts):
+        return "attention among features of reference pictures"
     return f"not a self-attention layer of the {family.model} family ({class_names(attn)[0]})"

@@ -28,7 +28,8 @@ def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None =
             weights.
 
     Raises:
-        ValueError: nothing is applied, more than one model is changed, or a pattern matches nothing.
+        ValueError: nothing is applied, more than one model is changed, a pattern matches nothing, or there is no such
+            place.
         NotImplementedError: the model is offloaded layer by layer.
     """
     changed = [(m, r) for m in denoisers(pipe_or_model) if (r := record_of(m)) is not None]
@@ -62,7 +63,10 @@ def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None =
         "layers": {layer: entry.mechanism.config.to_dict() for layer, entry in record.entries.items()},
     }
     folder = Path(folder)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError):
+        raise ValueError(f"Cannot save to {folder}: it must be a folder, or new in a folder that exists.") from None
     # a temporary name first: a killed save leaves no half file under the real one
     save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
     (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")

@@ -44,11 +44,12 @@ def made_for(pipe: Any) -> int | None:
     """
     from diffusers import FluxPipeline
 
-    if not isinstance(pipe, FluxPipeline):
+    if not issubclass(type(pipe), FluxPipeline):
         return None
     size = getattr(getattr(pipe.vae, "config", None), "sample_size", None)
-    fits = isinstance(size, int) and 0 < size < pipe.default_sample_size * pipe.vae_scale_factor
-    return size if fits and size % size_multiple(pipe) == 0 else None
+    if not isinstance(size, int) or not 0 < size < pipe.default_sample_size * pipe.vae_scale_factor:
+        return None
+    return size if size % size_multiple(pipe) == 0 else None
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,13 @@ def check_request(
         raise ValueError(f"{prefix}seed must be between 0 and 2**64 - 1, got {seed}.")
 
 
-def check_size(pipe: Any, size: int | None, *, prefix: str = "") -> None:
-    """ValueError for a size that this pipeline cannot draw."""
+def check_pipeline(pipe: Any, size: int | None, *, prefix: str = "") -> None:
+    """NotImplementedError for a pipeline that makes videos, ValueError for a size that this one cannot draw."""
+    if "num_frames" in call_defaults(pipe):
+        raise NotImplementedError(
+            f"generate draws one picture, and {type(pipe).__name__} makes videos. In Python: "
+            "linfusion.apply(pipe, ...), call the pipeline, and save the frames with diffusers.utils.export_to_video."
+        )
     if size is None:
         return
     low, high = getattr(pipe, "size_limits", (1, math.inf))

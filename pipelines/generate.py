@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from ..apply import COMPONENTS
-from .facts import call_defaults, check_request, check_size, made_for, text_reader
+from .facts import call_defaults, check_pipeline, check_request, made_for, text_reader
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,12 @@ def generate(
     Raises:
         ValueError: an empty prompt, a size that the VAE cannot divide, steps below 1, guidance that is negative or
             not finite, a seed that does not fit in 64 bits, an argument that the pipeline does not take.
+        NotImplementedError: a video pipeline.
     """
     check_request(prompt, size, steps, guidance, seed)
-    check_size(pipe, size)
+    check_pipeline(pipe, size)
     size = size or made_for(pipe)
-    given = {
+    given: dict[str, Any] = {
         "height": size, "width": size, "num_inference_steps": steps, "guidance_scale": guidance,
         "generator": torch.Generator("cpu").manual_seed(seed),
     }  # fmt: skip

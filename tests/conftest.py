@@ -1,4 +1,4 @@
-"""Fixtures that the tests of hosts share; the models themselves are in `models.py`."""
+"""Fixtures that the tests of hosts share; the models themselves are in `models/`."""
 
 import os
 

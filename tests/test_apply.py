@@ -17,7 +17,7 @@ from .models import TINY, forward, gap, processors
 
 apply_module = sys.modules["linfusion.apply"]  # `linfusion.apply` itself is the function
 
-CONFIGS = [lf.Softmax(), lf.LinFusion(mid_dim=4), lf.CLEAR(3), lf.CLEAR(2, pool=2)]
+CONFIGS = [lf.Softmax(), lf.LinFusion(mid_dim=4), lf.CLEAR(3), lf.CLEAR(2, pool=2), lf.LiT(), lf.Agent(6)]
 
 
 class State:
@@ -343,12 +343,14 @@ def test_radii_for_other_grids(model, before, radius):
     [
         *(lambda r=r: lf.CLEAR(r) for r in (0, -1, math.nan, math.inf, True, "8", None, (), (1, -1), (1, 2, 3, 4))),
         *(lambda p=p: lf.CLEAR(2, pool=p) for p in (0, -1, 1.5, True, None)),
+        *(lambda n=n: lf.LiT(kernel_size=n) for n in (0, 2, 2.5, True)),
+        *(lambda n=n: lf.Agent(n) for n in (0, 2.5, True, (), (2, 0))),
         *(lambda m=m: lf.LinFusion(mid_dim=m) for m in (0, -1, 2.5, True, "8")),
         *(lambda e=e: lf.LinFusion(eps=e) for e in (-1, math.nan, "x", None)),
     ],
 )
 def test_settings_out_of_range(make):
-    with pytest.raises(ValueError, match=r"(radius|pool|mid_dim|eps) must be .*, got "):
+    with pytest.raises(ValueError, match=r"(radius|pool|kernel_size|agents|mid_dim|eps) must be .*, got "):
         make()
 
 
@@ -444,3 +446,25 @@ def test_context_parallelism_is_refused(model, before):
             processor._parallel_config = SimpleNamespace(context_parallel_config=object())
     with pytest.raises(NotImplementedError, match="context parallelism"):
         forward(model, before.inputs)
+
+
+@pytest.mark.parametrize("name", ["unet-sd15", "flux"])
+def test_fused_while_on_and_split_after_restore(name):
+    """diffusers keeps the processors it found to set them again: ours must not come back that way."""
+    tiny = TINY[name]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+    stock = forward(model, inputs)
+    lf.apply(model, lf.CLEAR(2))
+    model.fuse_qkv_projections()
+    lf.restore(model)
+    model.unfuse_qkv_projections()
+    assert gap(forward(model, inputs), stock) < 1e-6
+    assert gap(forward(lf.apply(model, lf.CLEAR(2)), inputs), stock) > 1e-2
+    lf.restore(model)
+    assert not any(type(p).__module__.startswith("linfusion") for p in processors(model).values())
+
+
+@pytest.mark.parametrize("layers", [3, [3], {"*": 1}.items()], ids=str)
+def test_layers_that_are_no_patterns(model, layers):
+    with pytest.raises(ValueError, match="layers must be a pattern"):
+        lf.apply(model, lf.CLEAR(2), layers=layers)

@@ -10,21 +10,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     StableDiffusionPipeline,
     UNet2DModel,
 )
 from PIL import Image
-from transformers import T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 import linfusion as lf
 from linfusion.cli import main
 from linfusion.cli.options import _default_device
 from linfusion.demos import embedded
 
-from .models import TINY
+from .models import HOSTS, TINY
 from .models.parts import clip, stable_diffusion, tokenizer, vae
+from .models.wan import wan_pipeline
 
 FIGURES = {
     "mechanism", "layers", "attention_work_left", "seconds_per_step", "psnr", "original_seconds_per_step", "size", "out"
@@ -47,6 +49,18 @@ def flux(tmp_path_factory) -> Path:
         vae=vae(), text_encoder=clip(24), tokenizer=tokenizer(), text_encoder_2=T5EncoderModel(t5).eval(),
         tokenizer_2=tokenizer(), transformer=TINY["flux"].build(), scheduler=FlowMatchEulerDiscreteScheduler(),
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory) -> Path:
+    """As Wan 2.2: two models of one class."""
+    folder = tmp_path_factory.mktemp("tiny-wan")
+    pipe = wan_pipeline(HOSTS["wan"].build(), HOSTS["wan"].build())
+    t5 = UMT5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    pipe.register_modules(vae=vae, text_encoder=UMT5EncoderModel(t5), tokenizer=tokenizer())
+    pipe.save_pretrained(folder)
     return folder
 
 
@@ -281,10 +295,16 @@ def test_settings_on_the_command_line(run, sd):
     def mechanism(*more):
         code, out, err = run("describe", "--model", sd, "--device", "cpu", "--json", *more)
         assert code == 0, err
-        return next(r["mechanism"] for r in json.loads(out)["layers"] if r["reason"] == "replaced")
+        return next(r["mechanism"] for r in json.loads(out)["layers"] if r["mechanism"])
 
     assert mechanism("--mechanism", "clear", "--radius", "2.5") == str(lf.CLEAR(radius=2.5, pool=1))
     assert mechanism("--mechanism", "clear", "--radius", "4,8", "--pool", "2") == str(lf.CLEAR(radius=(4, 8), pool=2))
+    assert mechanism("--mechanism", "lit") == str(lf.LiT())
+    assert mechanism("--mechanism", "lit", "--kernel-size", "3", "--heads", "4", "--text", "linear") == str(
+        lf.LiT(kernel_size=3, heads=4, text="linear")
+    )
+    assert mechanism("--mechanism", "agent", "--agents", "2,3", "--bias", "false") == str(lf.Agent((2, 3), bias=False))
+    assert mechanism("--mechanism", "agent", "--agents", "9") == str(lf.Agent(9))
     assert mechanism("--mechanism", "linfusion") == str(lf.LinFusion(mid_dim=None, eps=0.0001))
     assert mechanism("--mechanism", "linfusion", "--mid-dim", "4", "--eps", "1e-3") == str(
         lf.LinFusion(mid_dim=4, eps=0.001)
@@ -307,6 +327,18 @@ def test_describe(run, folder):
     report = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert report["replaced"] == 4 and {"layer", "mechanism", "reason"} <= report["layers"][0].keys()
+
+
+def test_describe_names_both_models_of_a_video_pipeline(run, wan):
+    more = ["--mechanism", "clear", "--radius", "2,4,4", "--json"]
+    code, out, err = run("describe", "--model", wan, "--device", "cpu", *more)
+    report = json.loads(out)
+    assert code == 0, err
+    assert report["model"] == "WanTransformer3DModel" and report["replaced"] == 4
+    layers = {r["layer"]: r["reason"] for r in report["layers"]}
+    assert len(layers) == len(report["layers"]) == 8
+    for part in ("transformer", "transformer_2"):
+        assert layers[f"{part}.blocks.1.attn1"] == "replaced" and layers[f"{part}.blocks.1.attn2"] == "cross-attention"
 
 
 # mistakes
@@ -337,7 +369,7 @@ MISTAKES = {
     "guidance-no-number": ([OK, "--guidance", "nan"], "--guidance must be finite and not negative, got nan"),
     "unknown-mechanism": (
         [OK, "--mechanism", "magic"],
-        "Unknown mechanism 'magic'. Available: softmax, linfusion, clear",
+        "Unknown mechanism 'magic'. Available: softmax, linfusion, clear, lit, agent",
     ),
     "radius-zero": ([OK, "--mechanism", "clear", "--radius", "0"], "radius must be positive.* got 0"),
     "radius-negative": ([OK, "--mechanism", "clear", "--radius=-3"], "radius must be positive.* got -3"),
@@ -347,9 +379,14 @@ MISTAKES = {
     "radius-for-video": ([OK, "--mechanism", "clear", "--radius", "1,2,3"], "3 axes, the grid has 2"),
     "pool-no-number": ([OK, "--mechanism", "clear", "--radius", "2", "--pool", "0.5"], "pool must be a whole"),
     "mid-dim-broken": ([OK, "--mechanism", "linfusion", "--mid-dim", "2.5"], "mid_dim must be a positive"),
+    "text-unknown": ([OK, "--mechanism", "lit", "--text", "no"], "text must be one of exact, linear, got 'no'"),
+    "kernel-even": ([OK, "--mechanism", "lit", "--kernel-size", "4"], "kernel_size must be an odd number.* got 4"),
+    "heads-that-do-not-divide": ([OK, "--mechanism", "lit", "--heads", "7"], "heads=7 does not divide the layer's 32"),
+    "agents-for-video": ([OK, "--mechanism", "agent", "--agents", "1,2,3"], "3 axes, the grid has 2"),
+    "agents-none": ([OK, "--mechanism", "agent", "--agents", "0"], "agents must be a positive number.* got 0"),
     "setting-of-another": (
         [OK, "--mechanism", "linfusion", "--radius", "8"],
-        "linfusion has no setting radius. Settings: eps, mid_dim",
+        "linfusion has no setting radius. Settings: eps, mid_dim, text",
     ),
     "setting-alone": ([OK, "--radius", "8"], "--radius is a setting of a mechanism: add --mechanism"),
     "compare-with-nothing": ([OK, "--compare"], "--compare needs something to compare with"),
@@ -390,6 +427,14 @@ def test_one_line_for_each_mistake(run, tmp_path, flux, name):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "picture.png"]  # no half picture
 
 
+def test_a_mistake_that_only_the_grid_shows(run, flux):
+    """Told at the first step, below its bar."""
+    code, out, err = run(*draw(flux, "--mechanism", "agent"))
+    assert code == 2 and out == "" and not Path("out.png").exists()
+    last = err.splitlines()[-1]
+    assert last.startswith("linfusion: error: ") and "49 agents are more than the grid's 16 tokens" in last
+
+
 def test_an_unsupported_model(run, tmp_path):
     """A pipeline that diffusers opens but linfusion cannot change."""
     from diffusers import DDPMPipeline, DDPMScheduler
@@ -405,6 +450,14 @@ def test_an_unsupported_model(run, tmp_path):
         assert "UNet2DModel is not supported. Supported: UNet2DConditionModel" in err
     code, _, err = run(*draw("ddpm"))  # nor draw from a prompt
     assert code == 2 and err.splitlines()[-1].startswith("linfusion: error: DDPMPipeline")
+
+
+def test_videos_are_not_drawn(run, wan, tmp_path):
+    """Before anything slow starts, and instead of a size that only pictures have."""
+    code, out, err = run(*draw(wan, "--mechanism", "clear", "--radius", 2))
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "WanPipeline makes videos" in err and "export_to_video" in err
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,17 @@ def test_flux_compiles_where_nothing_needs_the_grid(dynamo):
     assert gap(compiled(model, inputs), forward(model, inputs)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["pixart", "flux"])
+def test_local_branches_and_agents_compile(dynamo, name):
+    """As above, for mechanisms whose shapes depend on the grid; in FLUX it is a tensor while the graph is traced."""
+    model = pixart() if name == "pixart" else small_flux()
+    some = "transformer_blocks.1.*" if name == "pixart" else "single_transformer_blocks.*"
+    model = apply(lively(model).eval(), {some: lf.Agent(6), "*": lf.LiT(heads=1, text="linear")})
+    for grid in ((8, 8), (16, 4)):
+        inputs = TINY[name].inputs(*grid)
+        assert gap(compiled(model, inputs), forward(model, inputs)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [("unet", lf.CLEAR(2, pool=2)), ("flux", lf.CLEAR(2, pool=2)), ("flux", lf.LinFusion(mid_dim=4))],
@@ -299,7 +310,10 @@ def test_gradient_checkpointing(model, inputs, config):
         torch.testing.assert_close(got[name], want[name], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", [lf.LinFusion(), lf.LinFusion(mid_dim=4), lf.CLEAR(2, pool=2)], ids=repr)
+LEARNERS = [lf.LinFusion(), lf.LinFusion(mid_dim=4, text="linear"), lf.CLEAR(2, pool=2), lf.LiT(), lf.Agent(6)]
+
+
+@pytest.mark.parametrize("config", LEARNERS, ids=repr)
 def test_every_trainable_parameter_learns(model, inputs, config):
     """From the fresh state; what stands behind a zero-initialised layer from the second step on."""
     lf.apply(model.requires_grad_(False), config)

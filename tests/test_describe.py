@@ -106,6 +106,9 @@ def test_the_work_of_exact_and_of_linear_attention(tiny, model, inputs):
             attn = model.get_submodule(line.layer)
             channels = attn.to_q.out_features
             done += channels * (n * attn.linfusion.site.head_dim + t * (n + t) + n * t)
+            # the two MLPs' products; a pair costs each channel two multiplications
+            mlps = [m for m in attn.linfusion.modules() if isinstance(m, nn.Linear)]
+            done += n * sum(m.in_features * m.out_features for m in mlps) / 2
             exact += channels * (n + t) ** 2
     assert report.attention_work_left == pytest.approx(done / exact, rel=1e-12)
 

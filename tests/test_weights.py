@@ -11,7 +11,15 @@ import linfusion as lf
 
 from .models import TINY, forward, gap, processors
 
-TRAINED = [lf.LinFusion(), lf.LinFusion(mid_dim=4, eps=1e-3), lf.CLEAR(2, pool=2), lf.CLEAR((2, 4)), lf.Softmax()]
+TRAINED = [
+    lf.LinFusion(),
+    lf.LinFusion(mid_dim=4, eps=1e-3, text="linear"),
+    lf.CLEAR(2, pool=2),
+    lf.CLEAR((2, 4)),
+    lf.LiT(kernel_size=3, heads=1),
+    lf.Agent((3, 2)),
+    lf.Softmax(),
+]
 HOST = ["*.to_q.*", "*.to_out.0.*"]
 
 
@@ -184,7 +192,7 @@ def test_nothing_to_save(tmp_path, model):
     with pytest.raises(ValueError, match=r"host='nowhere\.\*' matches no parameter"):
         lf.save(model, tmp_path / "a", host=["*to_q*", "nowhere.*"])
     assert not (tmp_path / "a").exists()
-    with pytest.raises(OSError, match="missing"):
+    with pytest.raises(ValueError, match="missing/a: it must be a folder"):
         lf.save(model, tmp_path / "missing" / "a")
     assert not list(tmp_path.iterdir())
 

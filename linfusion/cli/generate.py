@@ -48,11 +48,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from .. import describe, restore
-    from ..pipelines.facts import check_size, remarks
+    from ..pipelines.facts import check_pipeline, remarks
     from ..pipelines.generate import generate, psnr, side_by_side
 
     pipe = load_pipeline(args)
-    check_size(pipe, args.size, prefix="--")
+    check_pipeline(pipe, args.size, prefix="--")
     change(pipe, args, config)
     name, label = _mechanism(pipe), _label(args, config)
     console = Console(stderr=True)

@@ -105,7 +105,7 @@ def load_pipeline(args: argparse.Namespace) -> Any:
     from ..demos.embedded import PIPELINES, demo_pipeline
 
     if args.model in PIPELINES:
-        pipe = demo_pipeline(args.model, torch_dtype=dtype)
+        pipe: Any = demo_pipeline(args.model, torch_dtype=dtype)
     else:
         from diffusers import DiffusionPipeline
 

@@ -6,9 +6,20 @@ from torch import nn
 
 from .base import Family, class_names
 from .flux import FLUX
-from .spatial import PIXART, UNET
+from .joint_video import COGVIDEOX, HUNYUAN_VIDEO
+from .packed import LUMINA2, Z_IMAGE
+from .spatial import CONTROLNET, DIT, HUNYUAN_DIT, MOTION_UNET, PIXART, SPATIO_TEMPORAL_UNET, UNET
+from .video import LTX, WAN, WAN_VACE
 
-FAMILIES: dict[str, Family] = {f.model: f for f in (UNET, PIXART, FLUX)}
+FAMILIES: dict[str, Family] = {
+    f.model: f
+    for f in (
+        UNET, MOTION_UNET, SPATIO_TEMPORAL_UNET, CONTROLNET,
+        PIXART, DIT, HUNYUAN_DIT,
+        FLUX, LUMINA2, Z_IMAGE,
+        WAN, WAN_VACE, LTX, COGVIDEOX, HUNYUAN_VIDEO,
+    )
+}  # fmt: skip
 
 # listed so that the refusal can say why
 REFUSED = {

@@ -44,6 +44,10 @@ class Processor:
         if self._parallel_config is not None:
             raise NotImplementedError(f"{name} under context parallelism would see only this rank's tokens.")
         layout = mechanism.layout
+        if "time" in mechanism.needs and mechanism.clock.time is None:
+            raise ValueError(
+                f"{mechanism.site.name}: {name} needs the timestep, which is read when the whole model is called."
+            )
         if (layout.grid is None and "grid" in mechanism.needs) or (layout.tokens == 0 and mechanism.site.joint):
             raise ValueError(
                 f"{mechanism.site.name}: {name} needs the token grid and the number of text tokens, which are read "
@@ -68,6 +72,7 @@ class Family:
 
     Attributes:
         model: class name; matched by name along the MRO, so that no host module is imported for it.
+        about: which pipelines use it and which of its layers are replaced, in a few words.
         processor: made without arguments, one per replaced layer.
         layers: the layers that count, as `(name, attention module)`: self-attention and joint attention only.
         hosts: the modules whose forward tells the layout, as `(name, module)`.
@@ -76,6 +81,10 @@ class Family:
         check: `(name, attention module)`, raises NotImplementedError for a layer that `processor` cannot reproduce.
         stock: class names of the processors whose maths `processor` reproduces; others are refused.
         joint: whether text stands in the same sequence, in some layers at least.
+        text: `(site, layout)`, how many tokens outside the grid that layer's sequence has.
+        levels: `model -> {layer: halvings of the grid}` for hosts with several resolutions.
+        time: `(model, args, kwargs) -> place on the noise schedule`, 1 for pure noise; None where the model's time
+            argument does not tell.
     """
 
     model: str
@@ -87,6 +96,10 @@ class Family:
     stock: frozenset[str]
     check: Callable[[str, nn.Module], None] = lambda name, attn: None
     joint: bool = False
+    about: str = ""
+    text: Callable[[Site, Layout], int] = lambda site, layout: layout.text if site.joint else 0
+    levels: Callable[[nn.Module], dict[str, int]] | None = None
+    time: Callable[..., float] | None = None
 
 
 def class_names(module: nn.Module) -> list[str]:

@@ -107,11 +107,12 @@ def flux_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def flux_site(name: str, attn: HostLayer) -> Site:
-    return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.head_dim, joint=True)
+    return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.head_dim, joint=True, rotary=True)
 
 
 FLUX = Family(
     model="FluxTransformer2DModel",
+    about="FLUX.1: joint attention, double and single blocks",
     processor=FluxProcessor,
     layers=flux_layers,
     hosts=lambda model: iter([("", model)]),

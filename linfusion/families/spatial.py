@@ -1,14 +1,17 @@
-"""Plain self-attention over picture tokens: UNets (SD 1.5, 2.1, XL) and PixArt."""
+"""Self-attention over picture tokens alone: UNets (SD, AnimateDiff, SVD, ControlNet), PixArt, DiT and HunyuanDiT."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..call import AttnCall, Layout, Norms, Site
+from ..call import AttnCall, Layout, Norms, Rope, Site
 from .base import Family, HostLayer, Processor, argument, class_names, to_heads
+from .flux import flux_rope
 
 STOCK = frozenset({"AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"})
 
@@ -24,9 +27,23 @@ class SpatialProcessor(Processor):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
+        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, None)
+
+    def attend(
+        self,
+        attn: HostLayer,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        rope: Rope | None,
+    ) -> Tensor:
+        """What all hosts of this file share; `rope` is the host's rotation, of every token."""
         mechanism = self.mechanism(attn, attention_mask)
         if encoder_hidden_states is not None:
             raise ValueError(f"{mechanism.site.name} was called as cross-attention, which linfusion does not replace.")
+        merged = mechanism.merge(hidden_states) if mechanism.merges_tokens else None
+        if merged is not None:
+            hidden_states = merged.tokens
         mask = attention_mask
         if mask is not None:
             batch, tokens, _ = hidden_states.shape
@@ -40,9 +57,27 @@ class SpatialProcessor(Processor):
         norms = None
         if attn.norm_q is not None or attn.norm_k is not None:
             norms = Norms(attn.norm_q or nn.Identity(), attn.norm_k or nn.Identity())
-        call = AttnCall(q, k, v, grid=mechanism.layout.grid, norms=norms, mask=mask)
+        call = AttnCall(q, k, v, grid=mechanism.layout.grid, norms=norms, rope=rope, mask=mask)
+        if merged is not None and merged.agents is not None:
+            call.agents = to_heads(attn.to_q(merged.agents), head_dim)
         out = mechanism(call).flatten(2).to(q.dtype)
-        return attn.to_out[1](attn.to_out[0](out))
+        out = attn.to_out[1](attn.to_out[0](out))
+        return out if merged is None else merged.expand(out)
+
+
+class HunyuanDiTProcessor(SpatialProcessor):
+    """The same with a rotation; stock sets its processor on self- and cross-attention alike."""
+
+    def __call__(
+        self,
+        attn: HostLayer,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, flux_rope(image_rotary_emb))
 
 
 def self_attention(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -57,15 +92,36 @@ def self_attention(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def transformers_2d(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The UNet's 2-D transformers: each one's input is the exact grid of its blocks, odd sizes included."""
+    """The UNet's spatial transformers: each one's input is the exact grid of its blocks, odd sizes included.
+
+    In video UNets that is every frame as a picture of its own: `[B * frames, C, height, width]`.
+    """
     for name, module in model.named_modules():
-        if "Transformer2DModel" in class_names(module):
+        if not {"Transformer2DModel", "TransformerSpatioTemporalModel"}.isdisjoint(class_names(module)):
             yield name, module
 
 
 def unet_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
     height, width = argument(args, kwargs, 0, "hidden_states").shape[-2:]
     return Layout((height, width), tokens=height * width)
+
+
+def unet_levels(model: nn.Module) -> dict[str, int]:
+    """Each block halves the grid of the one above it; counted from the finest with self-attention."""
+    down = len(getattr(model, "down_blocks", ()))
+    depths = {}
+    for name, _ in self_attention(model):
+        part, _, rest = name.partition(".")
+        block = int(rest.split(".")[0]) if part != "mid_block" else down - 1
+        depths[name] = down - 1 - block if part == "up_blocks" else block
+    finest = min(depths.values(), default=0)
+    return {name: depth - finest for name, depth in depths.items()}
+
+
+def thousandths(model: HostLayer, args: tuple, kwargs: dict, position: int = 1) -> float:
+    """Time of hosts whose `timestep` runs from 1000 (noise) to 0."""
+    time = argument(args, kwargs, position, "timestep")
+    return float(time.flatten()[0] if isinstance(time, Tensor) else time) / 1000
 
 
 def patch_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
@@ -79,6 +135,10 @@ def spatial_site(name: str, attn: HostLayer) -> Site:
     return Site(name, width=attn.query_dim, heads=attn.heads, head_dim=attn.inner_dim // attn.heads)
 
 
+def rotating_site(name: str, attn: HostLayer) -> Site:
+    return replace(spatial_site(name, attn), rotary=True)
+
+
 def plain(name: str, attn: HostLayer) -> None:
     if attn.group_norm is not None or attn.spatial_norm is not None or attn.residual_connection:
         raise NotImplementedError(f"{name}: attention with its own norm or residual is not supported.")
@@ -88,6 +148,7 @@ def plain(name: str, attn: HostLayer) -> None:
 
 UNET = Family(
     model="UNet2DConditionModel",
+    about="SD 1.5, 2.1, XL: spatial self-attention",
     processor=SpatialProcessor,
     layers=self_attention,
     hosts=transformers_2d,
@@ -95,15 +156,32 @@ UNET = Family(
     site=spatial_site,
     check=plain,
     stock=STOCK,
+    levels=unet_levels,
+    time=thousandths,
 )
 
-PIXART = Family(
+MOTION_UNET = replace(UNET, model="UNetMotionModel", about="AnimateDiff: spatial self-attention, each frame a picture")
+# its time argument is a logarithm of sigma, which says nothing of the share of the steps
+SPATIO_TEMPORAL_UNET = replace(
+    UNET, model="UNetSpatioTemporalConditionModel", about="SVD: spatial self-attention, each frame a picture", time=None
+)
+CONTROLNET = replace(UNET, model="ControlNetModel", about="of UNets (`pipe.controlnet`): spatial self-attention")
+PIXART = replace(
+    UNET,
     model="PixArtTransformer2DModel",
-    processor=SpatialProcessor,
-    layers=self_attention,
+    about="PixArt: self-attention",
     hosts=lambda model: iter([("", model)]),
     layout=patch_layout,
-    site=spatial_site,
-    check=plain,
-    stock=STOCK,
+    levels=None,
+    time=partial(thousandths, position=2),
+)
+DIT = replace(PIXART, model="DiTTransformer2DModel", about="DiT: self-attention", time=thousandths)
+HUNYUAN_DIT = replace(
+    PIXART,
+    model="HunyuanDiT2DModel",
+    about="Hunyuan-DiT: self-attention",
+    processor=HunyuanDiTProcessor,
+    site=rotating_site,
+    time=thousandths,
+    stock=frozenset({"HunyuanAttnProcessor2_0"}),
 )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .agent import Agent
+from .agent_sd import AgentSD
 from .base import Mechanism, MechanismConfig
 from .clear import CLEAR
 from .linfusion import LinFusion
+from .lit import LiT
 from .softmax import Softmax
 
-MECHANISMS: dict[str, type[MechanismConfig]] = {c.name: c for c in (Softmax, LinFusion, CLEAR)}
+MECHANISMS: dict[str, type[MechanismConfig]] = {c.name: c for c in (Softmax, LinFusion, CLEAR, LiT, Agent, AgentSD)}
 
 
 def mechanisms() -> dict[str, type[MechanismConfig]]:
@@ -33,4 +36,15 @@ def config_from_dict(settings: dict[str, Any]) -> MechanismConfig:
     return MECHANISMS[name](**settings)
 
 
-__all__ = ["CLEAR", "LinFusion", "Mechanism", "MechanismConfig", "Softmax", "config_from_dict", "mechanisms"]
+__all__ = [
+    "CLEAR",
+    "Agent",
+    "AgentSD",
+    "LiT",
+    "LinFusion",
+    "Mechanism",
+    "MechanismConfig",
+    "Softmax",
+    "config_from_dict",
+    "mechanisms",
+]

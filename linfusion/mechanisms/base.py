@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..call import AttnCall, Layout, Site
+from ..call import AttnCall, Clock, Layout, Merged, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,10 @@ class MechanismConfig:
 
     name: ClassVar[str]
 
+    def takes(self, site: Site) -> bool:
+        """Whether the layer is one this mechanism is meant for; others stay as they are."""
+        return True
+
     def build(self, site: Site) -> Mechanism:
         """The module for one layer, with its parameters freshly initialised.
 
@@ -29,7 +33,8 @@ class MechanismConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready settings, with the name."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        settings = dataclasses.asdict(self)
+        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
     def __str__(self) -> str:
         """As one would write it: settings at their defaults are left out."""
@@ -43,28 +48,37 @@ class Mechanism(nn.Module):
     """A layer's attention. Lives at `attention_layer.linfusion`, so that the host's own hooks reach its parameters.
 
     Attributes:
-        needs: what the family must supply: any of "grid".
+        needs: what the family must supply: any of "grid", "time".
         honours_mask: whether a mask of the whole sequence can be used.
         honours_backend: whether the host's attention backend does the work.
         changes_input: whether `features` does anything.
+        merges_tokens: whether `merge` stands between the hidden states and the projections.
         layout: what the host's latest forward said about its sequence.
+        clock: and about its place on the noise schedule.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     honours_mask: ClassVar[bool] = False
     honours_backend: ClassVar[bool] = False
     changes_input: ClassVar[bool] = False
+    merges_tokens: ClassVar[bool] = False
     layout: Layout
+    clock: Clock
 
     def __init__(self, config: MechanismConfig, site: Site) -> None:
         super().__init__()
         self.config = config
         self.site = site
         self.layout = Layout()
+        self.clock = Clock()
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs of the host's query and key projections, from the image's hidden states `[B, N, C]`."""
         return x, x
+
+    def merge(self, x: Tensor) -> Merged:
+        """Fewer tokens in place of the image's hidden states `[B, N, C]`; only where `merges_tokens`."""
+        raise NotImplementedError
 
     def forward(self, call: AttnCall) -> Tensor:
         """Attention output `[B, S, H, D]`."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,6 @@ class CLEAR(MechanismConfig):
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         return CLEARAttention(self, site)
-
-    def to_dict(self) -> dict[str, Any]:
-        radius = list(self.radius) if isinstance(self.radius, tuple) else self.radius
-        return {"name": self.name, "radius": radius, "pool": self.pool}
 
 
 class CLEARAttention(Mechanism):

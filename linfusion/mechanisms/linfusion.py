@@ -7,9 +7,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..call import AttnCall, Site
-from ..kernels import linear_attention
 from .base import Mechanism, MechanismConfig
-from .joint import mix_text
+from .joint import attend, check_text, linear_pairs
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,14 @@ class LinFusion(MechanismConfig):
         mid_dim: width of the two MLPs, `C -> mid_dim -> C`; None is C itself (as published for SD 1.5 and 2.1;
             SDXL's weights use C // 16).
         eps: added to the normaliser.
+        text: of models with text in the same sequence: "exact" keeps all that involves text softmax (EDiT's rule),
+            "linear" lets text and image go through linear attention together (the MLPs see image tokens only).
     """
 
     name: ClassVar[str] = "linfusion"
     mid_dim: int | None = None
     eps: float = 1e-4
+    text: str = "exact"
 
     def __post_init__(self) -> None:
         mid = self.mid_dim
@@ -34,6 +36,7 @@ class LinFusion(MechanismConfig):
             raise ValueError(f"mid_dim must be a positive number of channels or None, got {mid!r}.")
         if not isinstance(self.eps, (int, float)) or not 0 <= self.eps < math.inf:
             raise ValueError(f"eps must be a number, not negative, got {self.eps!r}.")
+        check_text(self.text)
 
     def build(self, site: Site) -> Mechanism:
         return LinFusionAttention(self, site)
@@ -53,14 +56,13 @@ class LinFusionAttention(Mechanism):
         return x + self.q_mlp(x), x + self.k_mlp(x)
 
     def forward(self, call: AttnCall) -> Tensor:
-        q, k = call.normalised()
-        (_, q), (_, k), (_, v) = call.split(q), call.split(k), call.split(call.v)
-        image = linear_attention(q, k, v, feature_map="elu1", eps=self.config.eps, rope=call.image_tables())
-        return mix_text(call, image)
+        return attend(call, self.config.text, feature_map="elu1", eps=self.config.eps)
 
     def pairs(self, grid: tuple[int, ...], text: int) -> float:
-        tokens = math.prod(grid)
-        return tokens * self.site.head_dim + text * (tokens + text) + tokens * text
+        tokens, site = math.prod(grid), self.site
+        # two MLPs of two products each; a pair of one head is two dot products of length D
+        mlps = 2 * site.width * self.q_mlp[0].out_features / (site.heads * site.head_dim)
+        return tokens * mlps + linear_pairs(tokens, text, self.config.text, site.head_dim)
 
 
 def _residual_mlp(width: int, mid: int) -> nn.Sequential:

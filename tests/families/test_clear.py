@@ -37,13 +37,15 @@ def dense(monkeypatch, tiny, grid, inside, *, text_first=None, turned=False, wei
         shape = (*run.grid[:-2], run.grid[-1], run.grid[-2]) if turned else run.grid
         masks[tokens][image, image] = windows(shape, inside)
     if tiny.masks is not None:
-        masks = tiny.masks(tiny.grid(*grid), lambda shape: windows(shape, inside))
+        shape = tiny.grid(*grid)
+        shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+        masks = tiny.masks(shape, lambda shape: windows(shape, inside))
     real, seen = F.scaled_dot_product_attention, []
 
-    def masked(query, key, value, attn_mask=None, **settings):
+    def masked(query, key, value, attn_mask=None, *more, **settings):
         q, k, v = query, key, value
         if q.shape[2] != k.shape[2] or q.shape[2] not in masks:  # cross-attention, text alone
-            return real(q, k, v, attn_mask=attn_mask, **settings)
+            return real(q, k, v, attn_mask, *more, **settings)
         seen.append(q.shape[2])
         mask = masks[q.shape[2]]
         if weights is not None:
@@ -57,7 +59,7 @@ def dense(monkeypatch, tiny, grid, inside, *, text_first=None, turned=False, wei
             keep = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -1
             keep = keep.expand(*keep.shape[:-1], q.shape[2])
             mask = mask & F.pad(keep, (0, mask.shape[-1] - keep.shape[-1]), value=True)
-        return real(q, k, v, attn_mask=mask, **settings)
+        return real(q, k, v, mask, *more, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", masked)
@@ -118,8 +120,11 @@ def test_what_would_be_noticed(tiny, monkeypatch):
     if not tiny.square:
         assert gap(dense(monkeypatch, tiny, grid, disc(4), turned=True), got) > 1e-2, "rows are rows"
     if tiny.frames is not None:
-        flat = dense(monkeypatch, tiny, grid, lambda dt, dy, dx: dy * dy + dx * dx < 16)
-        assert gap(flat, got) > 1e-2, "frames are an axis"
+        # one frame away, a ball of radius 4 and a cylinder hold the same tokens: 15 is no sum of two squares, 8 is
+        ball = clear(tiny, grid, 3)
+        tube = dense(monkeypatch, tiny, grid, lambda dt, dy, dx: dy * dy + dx * dx < 9)
+        apart = dense(monkeypatch, tiny, grid, lambda dt, dy, dx: dt == 0 and dy * dy + dx * dx < 9)
+        assert gap(tube, ball) > 1e-2 and gap(apart, ball) > 1e-2, "frames are an axis"
     model = lf.apply(tiny.build(), lf.CLEAR(4), layers=tiny.some)
     assert gap(forward(model, tiny.inputs(*grid)), got) > 1e-2, "every layer counts"
     if tiny.masks is None and any(run.before or run.after for run in tiny.sequences(*grid)):

@@ -1,5 +1,7 @@
 """`LinFusion` inside hosts, layer by layer, against its formulas written out in float64."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,8 @@ def layers(model, inputs):
     forward(model, inputs)
     for handle in handles:
         handle.remove()
-    return [(m, dict(zip(["hidden_states"], args, strict=False)) | kw, out) for m, args, kw, out in seen]
+    names = [list(inspect.signature(m.forward).parameters) for m, *_ in seen]
+    return [(m, dict(zip(n, args, strict=False)) | kw, out) for n, (m, args, kw, out) in zip(names, seen, strict=True)]
 
 
 def train(model):

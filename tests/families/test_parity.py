@@ -70,7 +70,7 @@ def test_every_call_goes_through_the_mechanism(tiny, model, inputs, monkeypatch)
         site = model.get_submodule(name).linfusion.site
         assert isinstance(call, AttnCall)
         assert call.q.shape == out.shape and call.k.shape == call.v.shape
-        assert call.q.shape[0] == 2 and call.q.shape[2:] == (site.heads, site.head_dim) and site.name == name
+        assert call.q.shape[0] == tiny.rows and call.q.shape[2:] == (site.heads, site.head_dim) and site.name == name
         assert len(call.grid) == site.axes and (call.text == 0 or site.joint)
         assert call.q.shape[1] == math.prod(call.grid) + call.text
         seen.add((call.grid, *((call.text, 0) if call.text_first else (0, call.text))))

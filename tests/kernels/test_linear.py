@@ -76,6 +76,52 @@ def test_grouped_heads_and_another_length():
     torch.testing.assert_close(linear_attention(q, k, v), want)
 
 
+@pytest.mark.parametrize("rope", [None, True, False, "per head"], ids=["plain", "interleaved", "halves", "per-head"])
+@pytest.mark.parametrize("count", [1, 2, 3, 8], ids=str)
+def test_channels_in_other_heads(count, rope):
+    """phi, then the rotation of the 4 heads of 6, then new heads: also such as cut an old one in two."""
+    q, k, v = (torch.randn(2, 9, 4, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    table = None if rope is None else tables(9, 6, rope is not False)
+    if rope == "per head":
+        angle = torch.randn(1, 9, 4, 6, dtype=torch.float64)
+        table = RopeTables(angle.cos(), angle.sin())
+    fq, fk = q.relu() + 1e-6, k.relu() + 1e-6
+    rq, rk = (fq, fk) if table is None else (rotate(fq, table), rotate(fk, table))
+    outs = []
+    for chunk in torch.arange(24).chunk(count):
+        a, b, c, d, e = (x.flatten(2)[..., chunk] for x in (fq, fk, rq, rk, v))
+        outs.append((c @ d.mT / 9 @ e) / ((a @ b.mT).mean(-1, keepdim=True) + 1e-6))
+    want = torch.cat(outs, dim=-1).unflatten(-1, (4, 6))
+    got = linear_attention(q, k, v, feature_map="relu_eps", rope=table, heads=count)
+    torch.testing.assert_close(got, want)
+    grad = torch.randn_like(want)
+    torch.testing.assert_close(*(torch.autograd.grad(o, (q, k, v), grad) for o in (got, want)))
+    assert (linear_attention(q, k, v, feature_map="relu_eps", rope=table) - want).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("normalize", ["divide", "none"])
+@pytest.mark.parametrize("feature_map", ["elu1", "relu_eps", "softmax"])  # none of them makes zero of zero
+def test_masked_keys_are_as_if_left_out(feature_map, normalize):
+    q, k, v = (torch.randn(2, 9, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask, table = torch.rand(2, 9) > 0.4, tables(9, 8)
+    settings = dict(feature_map=feature_map, normalize=normalize, eps=0.1, rope=table)
+    got = linear_attention(q, k, v, key_mask=mask, **settings)
+    phi = FEATURE_MAPS[feature_map]
+    for i in range(2):
+        one, kept = slice(i, i + 1), mask[i]
+        weights = torch.einsum("bqhd,bkhd->bhqk", *(rotate(phi(x[one]), table) for x in (q, k)))[..., kept]
+        want = torch.einsum("bhqk,bkhd->bqhd", weights, v[one, kept]) / kept.sum()
+        if normalize == "divide":
+            want = want / (torch.einsum("bqhd,bhd->bqh", phi(q[one]), phi(k[one, kept]).mean(1)) + 0.1)[..., None]
+        torch.testing.assert_close(got[one], want)
+    dk, dv = torch.autograd.grad(got.square().sum(), (k, v))
+    assert not dk[~mask].any() and not dv[~mask].any() and dk[mask].any()
+    everything = linear_attention(q, k, v, key_mask=torch.ones_like(mask), **settings)
+    torch.testing.assert_close(everything, linear_attention(q, k, v, **settings))
+    nothing = linear_attention(q, k, v, key_mask=torch.zeros_like(mask), **settings)
+    assert not nothing.any()
+
+
 def test_rotation_turns_pairs():
     x, t = torch.randn(1, 6, 2, 8, dtype=torch.float64), tables(6, 8)
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(t.cos, t.sin)[None, :, None, ::2]
@@ -88,6 +134,10 @@ def test_rotation_turns_pairs():
     [
         (dict(feature_map="exp"), "Available: elu1, relu, softmax, identity"),
         (dict(normalize="sum"), "Available: divide, none"),
+        (dict(heads=3), "heads=3 does not divide the 8 channels of 1 heads"),
+        (dict(key_mask=torch.ones(1, 5, dtype=torch.bool)), r"key_mask must be bool \[B, S_k\] = \(1, 4\)"),
+        (dict(key_mask=torch.ones(1, 4)), "key_mask must be bool"),
+        (dict(rope=tables(5, 8)), r"tables \(5, 8\) do not fit"),
     ],
 )
 def test_bad_input(change, message):

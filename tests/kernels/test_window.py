@@ -88,6 +88,10 @@ def test_grouped_heads():
     out = window_attention(q, k, v, radius=2, **options)
     want = window_attention(q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2), radius=2, **options)
     torch.testing.assert_close(out, want)
+    pk, pv = (torch.randn(2, 3, 2, 8, dtype=torch.float64) for _ in range(2))
+    out = window_attention(q, k, v, radius=2, pooled_k=pk, pooled_v=pv, **options)
+    want = reference.window_attention(q, k, v, radius=2, pooled_k=pk, pooled_v=pv, **options)
+    torch.testing.assert_close(out, want)
 
 
 def test_equally_long_grids_do_not_share_a_plan():

@@ -18,11 +18,17 @@ EXAMPLES = {
     "linfusion": lf.LinFusion(mid_dim=8),
     "clear": lf.CLEAR(radius=3),
     "clear-pooled": lf.CLEAR(radius=(2, 4), pool=2),
+    "linfusion-linear": lf.LinFusion(mid_dim=8, text="linear"),
+    "lit": lf.LiT(),
+    "lit-one-head": lf.LiT(kernel_size=3, heads=1, text="linear"),
+    "agent": lf.Agent(6),
+    "agent-per-axis": lf.Agent((3, 2), kernel_size=5, bias=False),
 }
 
 
 def test_every_mechanism_has_an_example():
-    assert {c.name for c in EXAMPLES.values()} == set(lf.mechanisms())
+    # AgentSD works between a layer's projections and its clock: tests/families/test_agent_sd.py
+    assert {c.name for c in EXAMPLES.values()} == set(lf.mechanisms()) - {"agent-sd"}
 
 
 def exact(q, k, v, mask=None):
@@ -165,6 +171,19 @@ def test_a_rotation_of_the_image_leaves_the_text():
         ({"name": "linfusion", "mid_dim": 0}, "mid_dim must be"),
         ({"name": "linfusion", "mid_dim": 2.5}, "mid_dim must be"),
         ({"name": "linfusion", "eps": -1}, "eps must be a number"),
+        ({"name": "linfusion", "text": "softmax"}, "text must be one of exact, linear, got 'softmax'"),
+        ({"name": "lit", "text": None}, "text must be one of exact, linear"),
+        *(
+            ({"name": "lit", "kernel_size": n}, "kernel_size must be an odd number")
+            for n in (4, 0, -3, 3.0, True, None)
+        ),
+        *(({"name": "lit", "heads": n}, "heads must be a positive number or None") for n in (0, -2, 1.5, True, "4")),
+        ({"name": "agent", "kernel_size": 2}, "kernel_size must be an odd number"),
+        *(
+            ({"name": "agent", "agents": n}, "agents must be")
+            for n in (0, -4, 2.5, True, "9", [], [4, 0], [1, 2, 3, 4])
+        ),
+        ({"name": "agent", "bias": 1}, "bias must be true or false"),
     ],
     ids=str,
 )

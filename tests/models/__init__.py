@@ -1,20 +1,38 @@
 """Tiny hosts, one or more for every family: diffusers' own classes, built here in milliseconds, never downloaded."""
 
-from . import flux as _flux
-from . import pixart as _pixart
-from . import unet as _unet
-from .base import TEXT, Run, Tiny, ddim, forward, gap, grids_for, lively, noise, processors
+import importlib
+import pkgutil
+
+from .base import TEXT, Run, Tiny, ddim, forward, gap, grids_for, lively, noise, processors, whole
 from .flux import flux, flux_ids
 from .pixart import pixart
 from .unet import make_unet, unet_inputs
 
-HOSTS = _unet.HOSTS | _pixart.HOSTS | _flux.HOSTS
-"""Every tiny host; what must hold for each family is tested on all of them."""
+HOSTS: dict[str, Tiny] = {}
+"""Every tiny host, from every file here; what must hold for each family is tested on all of them."""
+for _file in pkgutil.iter_modules(__path__):
+    HOSTS |= getattr(importlib.import_module(f".{_file.name}", __name__), "HOSTS", {})
 
 TINY = {name: HOSTS[name] for name in ("unet-sd15", "unet-sdxl", "pixart", "flux")}
 """One of each kind of sequence, for what does not depend on the family: files, copies, offload, training."""
 
 __all__ = [
-    "HOSTS", "TEXT", "TINY", "Run", "Tiny", "ddim", "flux", "flux_ids", "forward", "gap", "grids_for", "lively",
-    "make_unet", "noise", "pixart", "processors", "unet_inputs",
-]  # fmt: skip
+    "HOSTS",
+    "TEXT",
+    "TINY",
+    "Run",
+    "Tiny",
+    "ddim",
+    "flux",
+    "flux_ids",
+    "forward",
+    "gap",
+    "grids_for",
+    "lively",
+    "make_unet",
+    "noise",
+    "pixart",
+    "processors",
+    "unet_inputs",
+    "whole",
+]

@@ -41,6 +41,7 @@ class Tiny:
         some: a pattern that picks some of them.
         pipeline: a pipeline around the model, without text encoders.
         draw: `(pipeline, guidance) -> latents` of two prompts; 1.0 turns the guidance batch (or second pass) off.
+        rows: the batch that attention layers see; more than 2 where frames are pictures of their own.
         frames: of video hosts, whose grids are `(frames, height, width)`.
         square: hosts that take square grids only.
         runs: `grid -> the sequences of its self-attention layers`; by default the grid alone, behind `TEXT` tokens
@@ -55,6 +56,7 @@ class Tiny:
     some: str
     pipeline: Callable[[nn.Module], DiffusionPipeline] | None = None
     draw: Callable[[DiffusionPipeline, float], Tensor] | None = None
+    rows: int = 2
     frames: int | None = None
     square: bool = False
     runs: Callable[[tuple[int, ...]], list[Run]] | None = None
@@ -104,7 +106,20 @@ def lively(model: nn.Module) -> nn.Module:
 def forward(model: nn.Module, inputs: dict) -> Tensor:
     """The host's output, without gradients."""
     with torch.no_grad():
-        return model(**inputs, return_dict=False)[0]
+        return whole(model(**inputs, return_dict=False))
+
+
+def whole(out: tuple | list | Tensor) -> Tensor:
+    """All that a host returns as one tensor: ControlNets return many, Z-Image one a sample."""
+    parts = flat(out)
+    if len(parts) == 1:
+        return parts[0]
+    same = len({p.shape for p in parts}) == 1
+    return torch.stack(parts) if same else torch.cat([p.flatten(1) for p in parts], dim=1)
+
+
+def flat(out: tuple | list | Tensor) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else [p for part in out for p in flat(part)]
 
 
 def gap(a: Tensor, b: Tensor) -> float:

@@ -8,7 +8,7 @@ from diffusers import FluxPipeline
 from linfusion.pipelines.facts import (
     Reader,
     call_defaults,
-    check_size,
+    check_pipeline,
     cut_text,
     made_for,
     size_multiple,
@@ -69,11 +69,12 @@ def test_other_pipelines_know_their_size():
 
 
 def test_limits():
-    pipe = SimpleNamespace(size_limits=(16, 64))
-    check_size(pipe, 16), check_size(pipe, 64), check_size(pipe, None)
+    pipe = Calls()
+    pipe.size_limits = (16, 64)
+    check_pipeline(pipe, 16), check_pipeline(pipe, 64), check_pipeline(pipe, None)
     for size in (8, 72):
         with pytest.raises(ValueError, match=f"^--size must be between 16 and 64 pixels for this model, got {size}"):
-            check_size(pipe, size, prefix="--")
+            check_pipeline(pipe, size, prefix="--")
 
 
 class T5EncoderModel:

@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend
 from linfusion.pipelines import generate as module
 from linfusion.pipelines.generate import generate, psnr, side_by_side
 
+from ..models import HOSTS
+
 
 class Fake:
     """A pipeline's surface: records its arguments, takes its steps."""
@@ -158,6 +160,12 @@ def test_other_refusals():
         generate(plain, "x", size=64)
     with pytest.raises(ValueError, match="Plain does not take guidance_scale"):
         generate(plain, "x", guidance=2.0)
+
+
+@pytest.mark.parametrize("name", [name for name, tiny in HOSTS.items() if tiny.frames and tiny.pipeline])
+def test_videos(name):
+    with pytest.raises(NotImplementedError, match=r"Pipeline makes videos.*linfusion\.apply.*export_to_video"):
+        generate(HOSTS[name].build_pipeline(), "x", size=64)
 
 
 def test_psnr():

@@ -1,0 +1,105 @@
+"""Every mechanism on every family: the expected answers, and `python -m tests.families.matrix`, which writes them.
+
+It runs each cell on the tiny hosts, writes `docs/support.json` and the table in README. The tests run the cells again
+and compare with what is committed, so a cell that changes its answer is a change that somebody has to look at.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+import linfusion as lf
+
+from ..models import HOSTS, Tiny, forward
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE, README = ROOT / "docs" / "support.json", ROOT / "README.md"
+START, END = "<!-- made by python -m tests.families.matrix -->", "<!-- end -->"
+
+CONFIGS = {
+    "softmax": lf.Softmax(),
+    "linfusion": lf.LinFusion(mid_dim=4),
+    "clear": lf.CLEAR(2),
+    "sla": lf.SLA(topk=0.4, block_q=16, block_k=16),
+    "lit": lf.LiT(kernel_size=3),
+    "agent": lf.Agent(agents=4, kernel_size=3),
+    "agent-sd": lf.AgentSD(cell=2),
+}
+"""Small enough to change something on the grids of the tests."""
+
+
+def answer(tiny: Tiny, config) -> str:
+    """ "yes", or the reason why this host refuses the mechanism."""
+    try:
+        lf.apply(tiny.build(), config)
+    except NotImplementedError as error:
+        return re.sub(r"^\S+: ", "", str(error))  # without the layer's name
+    return "yes"
+
+
+def works(tiny: Tiny, config) -> None:
+    """What a "yes" stands for."""
+    model, inputs = tiny.build(), tiny.inputs(6, 6 if tiny.square else 9)
+    stock, names = forward(model, inputs), list(model.state_dict())
+    lf.apply(model.requires_grad_(False), config)
+    changed = forward(model, inputs)
+    assert changed.shape == stock.shape and changed.isfinite().all()
+    assert torch.equal(changed, stock) == isinstance(config, lf.Softmax)
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".linfusion." in name for name in trained)
+    if trained:
+        optimizer = torch.optim.SGD(trained.values(), lr=1e-2)
+        for step in range(2):  # what stands behind a zero-initialised layer learns from the second step on
+            optimizer.zero_grad()
+            out = model(**inputs, return_dict=False)[0]
+            out = out if torch.is_tensor(out) else torch.cat([x.flatten() for x in out])
+            out.square().mean().backward()
+            if step == 0:
+                optimizer.step()
+        still = [name for name, p in trained.items() if p.grad is None or not p.grad.abs().max() > 0]
+        assert not still, still
+    lf.restore(model)
+    assert torch.equal(forward(model, inputs), stock) and list(model.state_dict()) == names
+
+
+def table() -> dict[str, dict[str, str]]:
+    return json.loads(TABLE.read_text())
+
+
+def render(answers: dict[str, dict[str, str]]) -> str:
+    """The matrix as Markdown, reasons as notes below it."""
+    columns = {name: config.__name__ for name, config in lf.mechanisms().items()}
+    reasons: dict[str, int] = {}
+    lines = [
+        f"| model | layers | {' | '.join(columns.values())} |",
+        f"| --- | --- | {' | '.join('---' for _ in columns)} |",
+    ]
+    for model, family in lf.families().items():
+        cells = []
+        for name in columns:
+            said = answers[model][name]
+            number = None if said == "yes" else reasons.setdefault(said, len(reasons) + 1)
+            cells.append("yes" if number is None else f"no ({number})")
+        lines.append(f"| `{model}` | {family.about} | {' | '.join(cells)} |")
+    notes = [f"({number}) {reason}" for reason, number in reasons.items()]
+    return "\n\n".join(["\n".join(lines), *notes])
+
+
+def main() -> None:
+    answers: dict[str, dict[str, str]] = {}
+    for tiny in HOSTS.values():
+        for name, config in CONFIGS.items():
+            said = answer(tiny, config)
+            if said == "yes":
+                works(tiny, config)
+            answers.setdefault(tiny.family, {}).setdefault(name, said)
+    TABLE.write_text(json.dumps(answers, indent=2) + "\n")
+    before, rest = README.read_text().split(START)
+    README.write_text(f"{before}{START}\n{render(answers)}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
