@@ -6,7 +6,8 @@ from typing import Any
 from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.utils import deprecation_utils
 
-from linfusion.demos.emoji.text import MAX_TOKENS, UNKNOWN_ID
+from linfusion.demos.emoji.text import MAX_TOKENS
+from linfusion.pipelines.facts import unknown_words
 
 _MODELS = Path(__file__).parent / "models"
 # what diffusers calls the dtype: newer releases warn about the old name, older ones ignore the new one
@@ -26,6 +27,9 @@ class EmojiFluxPipeline(FluxPipeline):
     Guidance between 1 and 5 is distilled into the model: one forward pass a step, whatever `guidance_scale`.
     """
 
+    guidance_range = (1.0, 5.0)
+    size_limits = (256, 1024)  # pixels; what `linfusion generate` draws, 256 being what it was trained at
+
     def __call__(self, prompt: str | list[str] | None = None, **kwargs: Any) -> Any:
         """Draw. Takes every argument of `FluxPipeline.__call__`, by name; see the class for the defaults."""
         given = {name: value for name, value in kwargs.items() if value is not None}
@@ -33,13 +37,10 @@ class EmojiFluxPipeline(FluxPipeline):
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of `prompt` that the model never saw; it draws as if anything could stand in their place."""
-        backend = self.tokenizer.backend_tokenizer
-        text = backend.normalizer.normalize_str(prompt)
-        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-        return [word for word in words if self.tokenizer.convert_tokens_to_ids(word) == UNKNOWN_ID]
+        return unknown_words(self.tokenizer, prompt)
 
 
-_PIPELINES: dict[str, type[DiffusionPipeline]] = {"emoji-flux": EmojiFluxPipeline}
+PIPELINES: dict[str, type[DiffusionPipeline]] = {"emoji-flux": EmojiFluxPipeline}
 
 
 def demo_pipeline(name: str = "emoji-flux", **kwargs: Any) -> DiffusionPipeline:
@@ -52,9 +53,9 @@ def demo_pipeline(name: str = "emoji-flux", **kwargs: Any) -> DiffusionPipeline:
     Raises:
         ValueError: there is no such model.
     """
-    if name not in _PIPELINES:
-        raise ValueError(f"unknown embedded model {name!r}; available: {', '.join(sorted(_PIPELINES))}")
+    if name not in PIPELINES:
+        raise ValueError(f"unknown embedded model {name!r}; available: {', '.join(sorted(PIPELINES))}")
     dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
     if dtype is not None:
         kwargs[_DTYPE] = dtype
-    return _PIPELINES[name].from_pretrained(_MODELS / name, local_files_only=True, **kwargs)
+    return PIPELINES[name].from_pretrained(_MODELS / name, local_files_only=True, **kwargs)

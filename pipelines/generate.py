@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import statistics
 import time
@@ -14,6 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from ..apply import COMPONENTS
+from .facts import call_defaults, check_pipeline, check_request, made_for, text_reader
 
 
 @dataclass(frozen=True)
@@ -22,41 +25,6 @@ class Picture:
 
     image: Image.Image
     seconds_per_step: float
-
-
-def size_multiple(pipe: Any) -> int:
-    """What height and width must be multiples of, in pixels: the VAE's factor times the denoiser's patch."""
-    factor = getattr(pipe, "vae_scale_factor", 8)
-    transformer = getattr(pipe, "transformer", None)
-    if transformer is None:
-        return factor
-    patch = getattr(transformer.config, "patch_size", None) or 1
-    packs = "_pack_latents" in dir(type(pipe))  # FLUX-like pipelines fold 2 x 2 latents into a token themselves
-    return factor * (2 if packs else int(patch))
-
-
-def call_defaults(pipe: Any) -> dict[str, Any]:
-    """Arguments that the pipeline's call takes, with their defaults; `**kwargs` are those of the class above."""
-    known: dict[str, Any] = {}
-    for cls in type(pipe).__mro__:
-        if "__call__" not in vars(cls):
-            continue
-        parameters = inspect.signature(cls.__call__).parameters.values()
-        for p in parameters:
-            if p.kind is not p.VAR_KEYWORD:
-                known.setdefault(p.name, p.default)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return known
-
-
-def refuse_video(pipe: Any) -> None:
-    """NotImplementedError for a pipeline that makes videos, with what to do instead."""
-    if "num_frames" in call_defaults(pipe):
-        raise NotImplementedError(
-            f"generate draws one picture, and {type(pipe).__name__} makes videos. In Python: "
-            "linfusion.apply(pipe, ...), call the pipeline, and save the frames with diffusers.utils.export_to_video."
-        )
 
 
 def generate(
@@ -74,32 +42,21 @@ def generate(
     Args:
         pipe: any diffusers text-to-image pipeline with `callback_on_step_end`.
         prompt: not empty.
-        size: height and width in pixels; None for the pipeline's own. So for `steps` and `guidance`.
+        size: height and width in pixels; None for the model's own. So for `steps` and `guidance`.
         seed: of the starting noise, drawn on the CPU, so that all devices and mechanisms start alike.
         on_step: called with the number of finished steps.
 
     Raises:
-        ValueError: an empty prompt, a size that the VAE cannot divide, steps below 1.
+        ValueError: an empty prompt, a size that the VAE cannot divide, steps below 1, guidance that is negative or
+            not finite, a seed that does not fit in 64 bits, an argument that the pipeline does not take.
         NotImplementedError: a video pipeline.
     """
-    if not prompt.strip():
-        raise ValueError("The prompt is empty; say what to draw.")
-    refuse_video(pipe)
-    if size is not None and (size % (multiple := size_multiple(pipe)) or size < 1):
-        raise ValueError(f"size must be a multiple of {multiple} pixels for this model, got {size}.")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
-    marks = [_now(pipe)]
-
-    def mark(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        marks.append(_now(pipe))
-        if on_step is not None:
-            on_step(step + 1)
-        return tensors
-
-    given = {
+    check_request(prompt, size, steps, guidance, seed)
+    check_pipeline(pipe, size)
+    size = size or made_for(pipe)
+    given: dict[str, Any] = {
         "height": size, "width": size, "num_inference_steps": steps, "guidance_scale": guidance,
-        "generator": torch.Generator("cpu").manual_seed(seed), "callback_on_step_end": mark,
+        "generator": torch.Generator("cpu").manual_seed(seed),
     }  # fmt: skip
     known = call_defaults(pipe)
     if "callback_on_step_end" not in known:
@@ -107,10 +64,21 @@ def generate(
     for name in ("height", "guidance_scale"):
         if given[name] is not None and name not in known:
             raise ValueError(f"{type(pipe).__name__} does not take {name}.")
-    with _best_backend(pipe):
+    reader = text_reader(pipe)
+    if reader is not None and reader.t5:  # padding to the pipeline's length would be text that a small model never saw
+        given["max_sequence_length"] = reader.tokens
+    with _best_backend(pipe), _first_call(pipe) as marks:
+
+        def mark(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            marks.append(_now(pipe))
+            if on_step is not None:
+                on_step(step + 1)
+            return tensors
+
+        given["callback_on_step_end"] = mark
         result = pipe(prompt, **{k: v for k, v in given.items() if v is not None and k in known})
     seconds = [b - a for a, b in zip(marks, marks[1:], strict=False)]
-    # the first stretch also holds the text encoders, so it only counts when there is no other
+    # the first step also plans windows and chooses kernels, so it only counts when there is no other
     return Picture(result.images[0], statistics.median(seconds[1:] or seconds))
 
 
@@ -139,6 +107,26 @@ def _now(pipe: Any) -> float:
     if pipe.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _first_call(pipe: Any) -> Iterator[list[float]]:
+    """A list whose first entry becomes the time of the denoiser's first call: the text encoders run before it."""
+    marks, started = [_now(pipe)], False
+
+    def start(module: nn.Module, args: Any) -> None:
+        nonlocal started
+        # a compiled denoiser would trace this, and break its graph at the clock: the first mark is then the start
+        if not torch.compiler.is_compiling() and not started:
+            marks[0], started = _now(pipe), True
+
+    models = [getattr(pipe, name, None) for name in COMPONENTS]
+    hooks = [model.register_forward_pre_hook(start) for model in models if isinstance(model, nn.Module)]
+    try:
+        yield marks
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    StableDiffusionPipeline,
     UNet2DModel,
 )
 from PIL import Image
@@ -20,6 +21,8 @@ from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 import linfusion as lf
 from linfusion.cli import main
+from linfusion.cli.options import _default_device
+from linfusion.demos import embedded
 
 from .models import HOSTS, TINY
 from .models.parts import clip, stable_diffusion, tokenizer, vae
@@ -187,6 +190,107 @@ def test_adapters(run, tmp_path, flux):
     assert (untrained == plain).all() and not (trained == plain).all()
 
 
+def test_adapters_are_read_once(run, monkeypatch, tmp_path, sd):
+    """And without their weights nothing is loaded into the host, to be thrown out again."""
+    from linfusion import adapter, weights
+
+    pipe = StableDiffusionPipeline.from_pretrained(sd)
+    lf.apply(pipe, {"*up*": lf.CLEAR(2), "*": lf.Softmax()})
+    lf.save(pipe, tmp_path / "mine")
+    reads, loads = [], []
+
+    def counted(calls, function):
+        return lambda *arguments: (calls.append(arguments), function(*arguments))[1]
+
+    read = counted(reads, adapter.read_adapter)
+    for module in (adapter, weights):
+        monkeypatch.setattr(module, "read_adapter", read)
+    monkeypatch.setattr(lf, "load", counted(loads, lf.load))
+    for more, loaded in (([], 1), (["--untrained"], 0)):
+        reads.clear(), loads.clear()
+        code, out, err = run(*draw(sd, "--adapter", tmp_path / "mine", "--json", *more))
+        assert code == 0 and (len(reads), len(loads)) == (1, loaded), err
+        assert set(json.loads(out)["mechanism"].split("+")) == {"clear", "softmax"}
+
+
+def test_warm_ups(run, monkeypatch, sd):
+    """Each pipeline is warmed up right before it is timed, as it is then, and only where times are compared."""
+    from linfusion.apply import record_of
+    from linfusion.pipelines import generate
+
+    drawn = []
+
+    def fake(pipe, prompt, *, steps, **settings):
+        drawn.append(("original" if record_of(pipe.unet) is None else "changed", steps))
+        return generate.Picture(Image.new("RGB", (64, 64)), len(drawn))
+
+    monkeypatch.setattr(generate, "generate", fake)
+    figures = json.loads(run(*draw(sd, "--mechanism", "softmax", "--compare", "--json"))[1])
+    assert drawn == [("changed", 2), ("changed", 3), ("original", 2), ("original", 3)]
+    assert (figures["seconds_per_step"], figures["original_seconds_per_step"]) == (2, 4)
+    drawn.clear()
+    run(*draw(sd, "--mechanism", "softmax"))
+    assert drawn == [("changed", 3)]
+
+
+EMOJI = Path(embedded.__file__).parent / "models" / "emoji-flux"
+"""The embedded model as a folder, so opened as any other: by plain FluxPipeline."""
+
+
+def test_the_embedded_model_as_a_folder(run):
+    """The same picture by its name and by its folder: 256 pixels, and no more padding than it was trained with."""
+    drawing = ["generate", "red apple", "--steps", 2, "--device", "cpu", "--json"]
+    by_name = json.loads(run(*drawing, "--out", "name.png")[1])
+    code, out, err = run(*drawing, "--model", EMOJI, "--guidance", 3, "--out", "folder.png")
+    assert code == 0 and by_name["size"] == json.loads(out)["size"] == 256
+    assert "does not know" not in err and "made for" not in err and "too long" not in err
+    name, folder = (np.asarray(Image.open(f"{n}.png")) for n in ("name", "folder"))
+    assert (name == folder).all()
+    # what plain FluxPipeline draws by itself is not that picture: 512 tokens, nearly all of them padding
+    plain = FluxPipeline.from_pretrained(EMOJI)
+    noise, size = torch.Generator().manual_seed(0), {"height": 256, "width": 256}
+    garbage = plain("red apple", num_inference_steps=2, guidance_scale=3.0, generator=noise, **size).images[0]
+    assert np.abs(np.asarray(garbage).astype(float) - name).mean() > 2
+
+
+def test_remarks(run, monkeypatch):
+    """What the model cannot serve as asked is said on standard error, by name as by folder."""
+    from linfusion.pipelines import generate
+
+    monkeypatch.setattr(generate, "generate", lambda *a, **k: generate.Picture(Image.new("RGB", (256, 256)), 1.0))
+    fifteen = " ".join(["red"] * 15)
+
+    def said(prompt, *more):
+        code, out, err = run("generate", prompt, "--device", "cpu", "--json", *more)
+        assert code == 0 and out.count("\n") == 1
+        return err
+
+    for model in ([], ["--model", EMOJI]):
+        err = said(fifteen, "--size", 256, "--guidance", 5, *model)
+        assert not any(word in err for word in ("know", "long", "made for", "guidance"))
+        err = said(fifteen + " Zorp apple [/zyx]", "--size", 272, "--guidance", 5.5, *model)
+        assert "The model does not know: Zorp, zyx." in err
+        assert "only its first 15 tokens (words, or parts) count. Cut: Zorp apple [/zyx]" in err
+        assert "made for 256 x 256 pixels" in err
+        assert ("learned guidance from 1 to 5; 5.5 is outside" in err) == (not model)  # a folder does not tell it
+    assert "learned guidance from 1 to 5; 0.5 is outside" in said("red", "--guidance", 0.5)
+
+
+def test_the_default_device(monkeypatch):
+    for cuda, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=cuda: answer)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        assert _default_device() == device
+
+
+def test_a_numbered_cpu_is_the_cpu(run, sd):
+    for device in ("cpu", "cpu:3"):
+        code, _, err = run(*draw(sd, "--device", device, "--out", f"{device[-1]}.png"))  # the last --device counts
+        assert code == 0, err
+    a, b = (np.asarray(Image.open(f"{n}.png")) for n in "u3")
+    assert (a == b).all()
+
+
 def test_settings_on_the_command_line(run, sd):
     def mechanism(*more):
         code, out, err = run("describe", "--model", sd, "--device", "cpu", "--json", *more)
@@ -257,10 +361,17 @@ MISTAKES = {
     "read-only-format": ([OK, "--out", "a.psd"], r"--out a\.psd must be an image file"),
     "output-is-a-folder": ([OK, "--out", "picture.png"], r"--out picture\.png must be an image file"),
     "size-the-vae-cannot-divide": ([OK, "--size", "60"], r"--size must be a multiple of (8|16) pixels.*got 60"),
-    "size-zero": ([OK, "--size", "0"], "--size must be .* got 0"),
-    "size-negative": ([OK, "--size", "-64"], "--size must be .* got -64"),
+    "size-zero": ([OK, "--size", "0"], "--size must be positive, got 0"),
+    "size-negative": ([OK, "--size", "-64"], "--size must be positive, got -64"),
     "steps-zero": ([OK, "--steps", "0"], "--steps must be at least 1, got 0"),
-    "seed-negative": ([OK, "--seed", "-1"], "--seed must not be negative"),
+    "seed-negative": ([OK, "--seed", "-1"], r"--seed must be between 0 and 2\*\*64 - 1, got -1"),
+    "seed-too-large": (
+        [OK, "--seed", str(2**64)],
+        r"--seed must be between 0 and 2\*\*64 - 1, got 18446744073709551616",
+    ),
+    "guidance-negative": ([OK, "--guidance", "-1"], "--guidance must be finite and not negative, got -1"),
+    "guidance-infinite": ([OK, "--guidance", "inf"], "--guidance must be finite and not negative, got inf"),
+    "guidance-no-number": ([OK, "--guidance", "nan"], "--guidance must be finite and not negative, got nan"),
     "unknown-mechanism": (
         [OK, "--mechanism", "magic"],
         "Unknown mechanism 'magic'. Available: softmax, linfusion, clear, sla, lit, agent",
@@ -295,11 +406,17 @@ MISTAKES = {
     "empty-adapter": ([OK, "--adapter", "empty"], "empty is not an adapter folder"),
     "unknown-model": ([OK, "--model", "nonsense"], "--model nonsense is no embedded model .*emoji-flux"),
     "unknown-hub-model": ([OK, "--model", "some/model"], "--model some/model cannot be loaded"),
+    "no-folder-here": ([OK, "--model", "./missing"], r"--model \./missing: no such folder\."),
+    "no-absolute-folder": ([OK, "--model", "/missing/model"], "--model /missing/model: no such folder"),
+    "no-folder-in-a-folder": ([OK, "--model", "empty/missing"], "--model empty/missing: no such folder"),
+    "no-deep-folder": ([OK, "--model", "a/b/c"], "--model a/b/c: no such folder"),
+    "model-is-a-file": ([OK, "--model", __file__], r"--model .*test_cli\.py is a file; a pipeline is a folder"),
     "no-pipeline": ([OK, "--model", "empty"], "--model empty cannot be loaded"),
     "unknown-device": ([OK, "--device", "toaster"], "--device toaster cannot be used here"),
+    "meta-device": ([OK, "--device", "meta"], "--device meta cannot be used here"),
     "unknown-embedded-size": (
         ["generate", "x", "--model", "emoji-flux", "--size", "128"],
-        "--size must be between 256 and 1024 pixels for emoji-flux, got 128",
+        "--size must be between 256 and 1024 pixels for this model, got 128",
     ),
     "describe-unknown-model": (["describe", "--model", "nonsense"], "--model nonsense is no embedded model"),
     "describe-unknown-mechanism": (["describe", "--mechanism", "magic"], "Unknown mechanism"),
@@ -361,7 +478,10 @@ def test_usage(run, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert "usage: linfusion" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    command = "linfusion generate" if arguments[:1] == ["generate"] else "linfusion"
+    assert out == "" and err.startswith("linfusion: error: ") and err.endswith(f"; see {command} --help\n")
+    assert err.count("\n") == 1
 
 
 def test_help_and_version(capsys):
@@ -369,10 +489,11 @@ def test_help_and_version(capsys):
         (["--version"], lf.__version__),
         (["--help"], "generate"),
         (["generate", "-h"], "--radius"),
+        (["generate", "-h"], "psnr is null when nothing was compared or the pictures are equal"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
-        assert stop.value.code == 0 and says in capsys.readouterr().out
+        assert stop.value.code == 0 and says in " ".join(capsys.readouterr().out.split())
 
 
 def test_interrupted_and_out_of_memory(run, monkeypatch, sd):

@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ..version import __version__
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes in one line, as all others; the usage is a word away. Commands become such parsers too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"linfusion: error: {message}; see {self.prog} --help\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     from . import describe, generate
 
-    parser = argparse.ArgumentParser(
-        prog="linfusion", description="Linear and sparse attention for diffusers: try it, measure it."
-    )
+    parser = Parser(prog="linfusion", description="Linear and sparse attention for diffusers: try it, measure it.")
     parser.add_argument("--version", action="version", version=f"linfusion {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (generate, describe):

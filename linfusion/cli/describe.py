@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from .options import add_mechanism_options, add_model_options, chosen_mechanism, load_pipeline
+from .options import add_mechanism_options, add_model_options, change, chosen_mechanism, load_pipeline
 
 
 def add_command(commands: Any) -> None:
@@ -24,13 +24,10 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from .. import apply, describe, load
+    from .. import describe
 
     pipe = load_pipeline(args)
-    if args.adapter is not None:
-        load(pipe, args.adapter)
-    elif config is not None:
-        apply(pipe, config)
+    change(pipe, args, config)
     report = describe(pipe)
     if args.json:
         print(json.dumps(report.to_dict()))

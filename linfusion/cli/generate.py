@@ -8,11 +8,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .options import EMBEDDED, add_mechanism_options, add_model_options, chosen_mechanism, load_pipeline
+from .options import add_mechanism_options, add_model_options, change, chosen_mechanism, load_pipeline
 
-EMBEDDED_SIZES = (256, 1024)
+if TYPE_CHECKING:  # the command's help need not wait for PIL
+    from ..describe import Description
+    from ..pipelines.generate import Picture
 
 
 def add_command(commands: Any) -> None:
@@ -30,7 +32,10 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
     parser.add_argument("--guidance", type=float, help="guidance scale; default the model's own")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise; default 0")
-    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    parser.add_argument(
+        "--json", action="store_true",
+        help="print the figures as one JSON object; psnr is null when nothing was compared or the pictures are equal",
+    )  # fmt: skip
     add_model_options(parser)
     add_mechanism_options(parser)
     parser.set_defaults(run=run)
@@ -42,64 +47,41 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from .. import apply, describe, load, restore
-    from ..adapter import read_adapter
-    from ..pipelines.generate import Picture, generate, psnr, refuse_video, side_by_side, size_multiple
+    from .. import describe, restore
+    from ..pipelines.facts import check_pipeline, remarks
+    from ..pipelines.generate import generate, psnr, side_by_side
 
-    remarks = Console(stderr=True)
     pipe = load_pipeline(args)
-    refuse_video(pipe)
-    if args.size is not None and args.size % (multiple := size_multiple(pipe)):
-        raise ValueError(f"--size must be a multiple of {multiple} pixels for this model, got {args.size}.")
-    unknown = pipe.unknown_words(args.prompt) if hasattr(pipe, "unknown_words") else []
-    if unknown:
-        remarks.print(f"The embedded model has never seen: {', '.join(unknown)}.", style="yellow")
-
-    adapter = None
-    if args.adapter is not None:  # fits or fails before anything slow starts
-        adapter = read_adapter(args.adapter)
-        load(pipe, args.adapter)
-        if args.untrained:
-            apply(restore(pipe), adapter.layers)
-    elif config is not None:
-        apply(pipe, config)
-    changed = config is not None or args.adapter is not None
-    label = _label(args, config)
-    name = config.name if config is not None else None
-    if adapter is not None:
-        name = "+".join(dict.fromkeys(c.name for c in adapter.layers.values()))
+    check_pipeline(pipe, args.size, prefix="--")
+    change(pipe, args, config)
+    name, label = _mechanism(pipe), _label(args, config)
+    console = Console(stderr=True)
+    for remark in remarks(pipe, args.prompt, args.size, args.guidance):
+        console.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def draw(title: str, steps: int | None = args.steps) -> Picture:
-        with _progress(remarks, title, steps or _default_steps(pipe)) as on_step:
+        with _progress(console, title, steps or _default_steps(pipe)) as on_step:
             return generate(
                 pipe, args.prompt, size=args.size, steps=steps, guidance=args.guidance, seed=args.seed, on_step=on_step
             )
 
-    if args.compare:
-        draw("warm-up", steps=2)
-    picture = draw(label)
-    report = describe(pipe) if changed else None
-    original = None
+    def timed(title: str) -> Picture:
+        if args.compare:
+            draw("warm-up", steps=2)
+        return draw(title)
+
+    picture, original = timed(label), None
+    report = describe(pipe) if name is not None else None
+    sheet = picture.image
+    quality = None
     if args.compare:
         restore(pipe)
-        draw("warm-up", steps=2)
-        original = draw("original")
-    sheet = picture.image
-    if original is not None:
+        original = timed("original")
         sheet = side_by_side([("original", original.image), (label, picture.image)])
+        quality = psnr(original.image, picture.image)
     sheet.save(args.out)
 
-    quality = None if original is None else psnr(original.image, picture.image)
-    figures = {
-        "mechanism": name,
-        "layers": report.replaced if report else 0,
-        "attention_work_left": report.attention_work_left if report else 1.0,
-        "seconds_per_step": picture.seconds_per_step,
-        "psnr": None if quality is None or math.isinf(quality) else quality,
-        "original_seconds_per_step": original.seconds_per_step if original else None,
-        "size": picture.image.size[0],
-        "out": str(args.out),
-    }
+    figures = _figures(name, report, picture, original, quality) | {"out": str(args.out)}
     if args.json:
         print(json.dumps(figures))
     else:
@@ -111,22 +93,40 @@ def _check(args: argparse.Namespace, changed: bool) -> None:
     """All that can be known before the model is loaded."""
     from PIL import Image
 
-    if not args.prompt.strip():
-        raise ValueError("The prompt is empty; say what to draw.")
+    from ..pipelines.facts import check_request
+
+    check_request(args.prompt, args.size, args.steps, args.guidance, args.seed, prefix="--")
     if not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out: the folder {args.out.absolute().parent} does not exist.")
     if args.out.is_dir() or Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {args.out} must be an image file, such as out.png.")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {args.steps}.")
-    if args.seed < 0:
-        raise ValueError(f"--seed must not be negative, got {args.seed}.")
-    if args.size is not None:
-        low, high = EMBEDDED_SIZES if args.model in EMBEDDED else (1, math.inf)
-        if not low <= args.size <= high:
-            raise ValueError(f"--size must be between {low} and {high} pixels for {args.model}, got {args.size}.")
     if args.compare and not changed:
         raise ValueError("--compare needs something to compare with: add --mechanism or --adapter.")
+
+
+def _mechanism(pipe: Any) -> str | None:
+    """The names of the mechanisms that are in, None for the model's own attention."""
+    from ..apply import COMPONENTS, record_of
+
+    # not `denoisers`, which refuses pipelines without one: the pipeline itself tells better what it lacks
+    records = [record_of(model) for c in COMPONENTS if (model := getattr(pipe, c, None)) is not None]
+    names = [entry.mechanism.config.name for r in records if r is not None for entry in r.entries.values()]
+    return "+".join(dict.fromkeys(names)) or None
+
+
+def _figures(
+    name: str | None, report: Description | None, picture: Picture, original: Picture | None, quality: float | None
+) -> dict[str, Any]:
+    """The numbers of --json, JSON knowing no infinity."""
+    return {
+        "mechanism": name,
+        "layers": report.replaced if report else 0,
+        "attention_work_left": report.attention_work_left if report else 1.0,
+        "seconds_per_step": picture.seconds_per_step,
+        "psnr": None if quality is None or math.isinf(quality) else quality,
+        "original_seconds_per_step": original.seconds_per_step if original else None,
+        "size": picture.image.size[0],
+    }
 
 
 def _label(args: argparse.Namespace, config: Any) -> str:
@@ -136,7 +136,7 @@ def _label(args: argparse.Namespace, config: Any) -> str:
 
 
 def _default_steps(pipe: Any) -> int:
-    from ..pipelines.generate import call_defaults
+    from ..pipelines.facts import call_defaults
 
     default = call_defaults(pipe).get("num_inference_steps")
     return default if isinstance(default, int) else 50

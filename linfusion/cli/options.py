@@ -11,16 +11,16 @@ from typing import Any
 
 from ..mechanisms import MechanismConfig, config_from_dict, mechanisms
 
-EMBEDDED = ("emoji-flux",)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --dtype."""
     parser.add_argument(
-        "--model", default=EMBEDDED[0], metavar="NAME", help=f"{', '.join(EMBEDDED)} (embedded), a folder or a Hub id"
-    )
-    parser.add_argument("--device", help="cpu, cuda, mps; default the best one there is")
+        "--model", default="emoji-flux", metavar="NAME",
+        help="an embedded model, a folder or a Hub id; default the embedded %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--device", help="cpu, cuda, mps; default cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 elsewhere")
 
 
@@ -71,6 +71,19 @@ def _value(text: str) -> Any:
         return text
 
 
+def change(pipe: Any, args: argparse.Namespace, config: MechanismConfig | None) -> None:
+    """Put in what --adapter or --mechanism asks for; the model stays as it is without them."""
+    from .. import apply, load
+    from ..adapter import read_adapter
+
+    if args.untrained:
+        apply(pipe, read_adapter(args.adapter).layers)
+    elif args.adapter is not None:
+        load(pipe, args.adapter)
+    elif config is not None:
+        apply(pipe, config)
+
+
 def load_pipeline(args: argparse.Namespace) -> Any:
     """The pipeline of --model on --device in --dtype.
 
@@ -79,24 +92,24 @@ def load_pipeline(args: argparse.Namespace) -> Any:
     """
     import torch
 
-    device = args.device or _best_device()
+    device = args.device or _default_device()
     try:
-        torch.empty(0, device=device)
+        usable = torch.empty(0, device=device).device.type != "meta"  # which has shapes, but no numbers to draw with
+        reason = "it computes nothing"
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+        usable, reason = False, str(error).splitlines()[0]
+    if not usable:
+        raise ValueError(f"--device {device} cannot be used here: {reason}")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     _quiet()
-    if args.model in EMBEDDED:
-        from .. import demo_pipeline
+    from ..demos.embedded import PIPELINES, demo_pipeline
 
-        pipe = demo_pipeline(args.model, torch_dtype=dtype)
+    if args.model in PIPELINES:
+        pipe: Any = demo_pipeline(args.model, torch_dtype=dtype)
     else:
         from diffusers import DiffusionPipeline
 
-        if not Path(args.model).is_dir() and args.model.count("/") != 1:
-            raise ValueError(
-                f"--model {args.model} is no embedded model ({', '.join(EMBEDDED)}), no folder here and no Hub id."
-            )
+        _check_source(args.model, list(PIPELINES))
         try:
             pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype)
         except Exception as error:  # loading fails in as many ways as there are broken folders
@@ -106,12 +119,24 @@ def load_pipeline(args: argparse.Namespace) -> Any:
     return pipe.to(device)
 
 
-def _best_device() -> str:
+def _check_source(name: str, embedded: list[str]) -> None:
+    """ValueError unless `name` is a folder or may be a Hub id, whose refusal would not speak of folders."""
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.is_file():
+        raise ValueError(f"--model {name} is a file; a pipeline is a folder with a model_index.json.")
+    if "/" not in name and not name.startswith((".", "~")):
+        raise ValueError(f"--model {name} is no embedded model ({', '.join(embedded)}), no folder here and no Hub id.")
+    if name.startswith((".", "~")) or path.is_absolute() or name.count("/") != 1 or path.parent.is_dir():
+        raise ValueError(f"--model {name}: no such folder.")
+
+
+def _default_device() -> str:
+    """Never mps: the windows compute in float64 without a kernel of their own, which Apple's GPUs lack."""
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _quiet() -> None:
