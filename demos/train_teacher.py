@@ -159,7 +159,7 @@ def _evaluate(args: argparse.Namespace, data: EmojiData) -> None:
 
 
 def _copies(vae: AutoencoderKL, data: EmojiData, batch: int = 64) -> tuple[torch.Tensor, float]:
-    """Thumbnails of the autoencoder's copies of all pictures, and the copies' PSNR in dB (of the mean squared error)."""
+    """Thumbnails of the autoencoder's copies of all pictures, their PSNR in dB (of the mean squared error)."""
     small, total = [], 0.0
     with torch.no_grad():
         for start in tqdm(range(0, len(data), batch), desc="copies", unit="batch"):
