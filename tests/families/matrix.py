@@ -64,11 +64,12 @@ def works(tiny: Tiny, config) -> None:
     assert torch.equal(forward(model, inputs), stock) and list(model.state_dict()) == names
 
 
-def table() -> dict[str, dict[str, str]]:
+def table() -> dict[str, dict[str, dict[str, str]]]:
+    """`{family: {tiny host: {mechanism: answer}}}`, as committed."""
     return json.loads(TABLE.read_text())
 
 
-def render(answers: dict[str, dict[str, str]]) -> str:
+def render(answers: dict[str, dict[str, dict[str, str]]]) -> str:
     """The matrix as Markdown, reasons as notes below it."""
     columns = {name: config.__name__ for name, config in lf.mechanisms().items()}
     reasons: dict[str, int] = {}
@@ -79,22 +80,20 @@ def render(answers: dict[str, dict[str, str]]) -> str:
     for model, family in lf.families().items():
         cells = []
         for name in columns:
-            said = answers[model][name]
-            number = None if said == "yes" else reasons.setdefault(said, len(reasons) + 1)
-            cells.append("yes" if number is None else f"no ({number})")
+            said = {row[name] for row in answers[model].values()}
+            notes = "".join(f" ({reasons.setdefault(s, len(reasons) + 1)})" for s in sorted(said - {"yes"}))
+            cells.append(("yes" if said == {"yes"} else "in part" if "yes" in said else "no") + notes)
         lines.append(f"| `{model}` | {family.about} | {' | '.join(cells)} |")
-    notes = [f"({number}) {reason}" for reason, number in reasons.items()]
-    return "\n\n".join(["\n".join(lines), *notes])
+    return "\n\n".join(["\n".join(lines), *(f"({number}) {reason}" for reason, number in reasons.items())])
 
 
 def main() -> None:
-    answers: dict[str, dict[str, str]] = {}
-    for tiny in HOSTS.values():
-        for name, config in CONFIGS.items():
-            said = answer(tiny, config)
+    answers: dict[str, dict[str, dict[str, str]]] = {}
+    for host, tiny in HOSTS.items():
+        row = answers.setdefault(tiny.family, {})[host] = {name: answer(tiny, c) for name, c in CONFIGS.items()}
+        for name, said in row.items():
             if said == "yes":
-                works(tiny, config)
-            answers.setdefault(tiny.family, {}).setdefault(name, said)
+                works(tiny, CONFIGS[name])
     TABLE.write_text(json.dumps(answers, indent=2) + "\n")
     before, rest = README.read_text().split(START)
     README.write_text(f"{before}{START}\n{render(answers)}\n{END}{rest.split(END)[1]}")
