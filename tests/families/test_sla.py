@@ -1,7 +1,6 @@
 """`SLA` inside each host against the host itself, whose own attention is given the dense masks worked out here."""
 
 import math
-import re
 
 import pytest
 import torch
@@ -176,8 +175,11 @@ def test_every_parameter_learns(tiny, model, config):
         optimizer.zero_grad()
         whole(model(**inputs, return_dict=False)).square().mean().backward()
         optimizer.step()
-    part = re.compile(r"\.linfusion\.|\.to_[qkv]\.")  # the last block's text output reaches nothing in some hosts
-    gradients = {name: p.grad for name, p in model.named_parameters() if part.search(name)}
+    gradients = {
+        name: p.grad
+        for name, p in model.named_parameters()
+        if ".linfusion." in name or name.endswith((".to_q.weight", ".to_k.weight"))
+    }
     assert gradients and not [n for n, g in gradients.items() if g is None or not g.isfinite().all()]
     still = [n for n, g in gradients.items() if not g.abs().max() > 0]
     assert not still
