@@ -553,51 +553,6 @@ def test_quantised_projections(model, inputs, config):
     assert torch.equal(forward(model, inputs), stock)
 
 
-def ip_adapter(unet) -> list[dict]:
-    """Weights of a tiny IP-Adapter, in the form that `load_ip_adapter` reads from a file."""
-    generator = torch.Generator().manual_seed(9)
-
-    def weight(*shape):
-        return 0.5 * torch.randn(*shape, generator=generator)
-
-    layers, number = {}, 1
-    for name in unet.attn_processors:
-        if name.endswith("attn2.processor"):
-            attn = unet.get_submodule(name.removesuffix(".processor"))
-            for key in ("to_k_ip", "to_v_ip"):
-                layers[f"{number}.{key}.weight"] = weight(attn.inner_dim, 16)
-            number += 2
-    projection = {"proj.weight": weight(4 * 16, 6), "proj.bias": weight(64), "norm.weight": weight(16)}
-    return [{"image_proj": projection | {"norm.bias": weight(16)}, "ip_adapter": layers}]
-
-
-@pytest.mark.parametrize("order", ["ip-first", "ip-second"])
-def test_ip_adapter(order):
-    """Loading one makes self-attention's processors anew, by class and without arguments."""
-    tiny = TINY["unet-sd15"]
-    inputs = tiny.inputs(6, 9) | {"added_cond_kwargs": {"image_embeds": [noise(2, 1, 6, seed=8)]}}
-    stock_model = tiny.build()
-    plain = forward(stock_model, tiny.inputs(6, 9))
-    stock_model._load_ip_adapter_weights(ip_adapter(stock_model), low_cpu_mem_usage=False)
-    stock = forward(stock_model, inputs)
-    assert gap(stock, plain) > 1e-2
-    outs = {}
-    for config in (lf.Softmax(), lf.CLEAR(2)):
-        model = tiny.build()
-        for step in (
-            lambda m=model: m._load_ip_adapter_weights(ip_adapter(m), low_cpu_mem_usage=False),
-            lambda m=model, c=config: lf.apply(m, c),
-        )[:: 1 if order == "ip-first" else -1]:
-            step()
-        outs[config.name] = forward(model, inputs)
-        report = lf.describe(model)
-        assert report.replaced == tiny.layers
-        lf.restore(model)
-        assert torch.equal(forward(model, inputs), stock)
-    assert torch.equal(outs["softmax"], stock)
-    assert gap(outs["clear"], stock) > 1e-2
-
-
 def test_text_length_may_change():
     """Prompts of other lengths between calls, where text stands in the sequence."""
     tiny = TINY["flux"]
