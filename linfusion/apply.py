@@ -56,6 +56,8 @@ class HostState:
     layout: Layout
     read: Callable[..., Layout]
     needs: frozenset[str]
+    stock: frozenset[str]
+    layers: list[tuple[str, Any]] = field(default_factory=list)  # the replaced ones below it
 
 
 def apply(pipe_or_model: Host, mechanism: Choice, *, layers: Layers = None, weights: str | Path | None = None) -> Host:
@@ -182,7 +184,9 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
     previous = record_of(model)
     record = Record()
     for name, attn in targets:
-        state = record.hosts.setdefault(_host_of(name, hosts), HostState(Layout(), family.layout, frozenset()))
+        state = record.hosts.setdefault(
+            _host_of(name, hosts), HostState(Layout(), family.layout, frozenset(), family.stock)
+        )
         site = family.site(name, attn)
         if levels is not None:
             site = replace(site, level=levels[name])
@@ -195,6 +199,7 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
         entry = record.entries[name] = _entry(family, record.sites[name][0], attn, chosen[name], original)
         entry.mechanism.layout, entry.mechanism.clock = state.layout, record.clock
         state.needs |= entry.mechanism.needs
+        state.layers.append((name, attn))
         if "time" in entry.mechanism.needs:
             if family.time is None:
                 raise NotImplementedError(
@@ -331,7 +336,9 @@ def _detach(model: nn.Module) -> Record | None:
         attn: Any = model.get_submodule(name)
         if "linfusion" in attn._modules:
             del attn.linfusion
-        if attn.processor is not entry.original:
+        # what another feature has set since (an IP-Adapter of FLUX) is not ours to take off
+        mine = isinstance(attn.processor, Processor) or type(attn.processor) is type(entry.original)
+        if mine and attn.processor is not entry.original:
             attn.set_processor(entry.original)
         # while projections are fused, diffusers keeps what it will set again
         kept = getattr(model, "original_attn_processors", None)
@@ -363,6 +370,14 @@ def _read_time(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Runs before a host's forward. A module-level function with its state on the module, so that copies are safe."""
     state: HostState = getattr(host, HOST)
+    if not torch.compiler.is_compiling():
+        for name, attn in state.layers:
+            over = type(attn.processor)
+            if not issubclass(over, Processor) and over.__name__ not in state.stock:
+                raise RuntimeError(
+                    f"A {over.__name__} was set over {type(attn.linfusion.config).__name__} on {name}, which would "
+                    "silently have no effect. Apply to layers without it, or linfusion.restore."
+                )
     layout = state.read(host, args, kwargs, state.needs)
     shared = state.layout
     shared.grid, shared.tokens = layout.grid, layout.tokens

@@ -148,12 +148,17 @@ class AttnCall:
             self._normalised = self._norm()
         return self._normalised
 
-    def rotated(self) -> tuple[Tensor, Tensor]:
-        """q and k after the host's norms and rotation; computed once."""
+    def rotated(self, as_values: bool = True) -> tuple[Tensor, Tensor]:
+        """q and k after the host's norms and rotation; computed once.
+
+        `as_values` hands them over in the dtype of v: under autocast norms may answer in fp32, which the host's own
+        attention takes as it is.
+        """
         if self._rotated is None:
             q, k = self.normalised()
             self._rotated = (self._rotate(q), self._rotate(k))
-        return self._rotated
+        q, k = self._rotated
+        return (q.to(self.v.dtype), k.to(self.v.dtype)) if as_values else (q, k)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Text part and image part of `x` `[B, S, ...]`, as views."""

@@ -202,3 +202,39 @@ def test_ip_adapter(order):
         assert torch.equal(forward(model, inputs), stock)
     assert torch.equal(outs["softmax"], stock)
     assert gap(outs["clear"], stock) > 1e-2
+
+
+@pytest.mark.parametrize("order", ["ip-first", "ip-second"])
+def test_ip_adapter_of_flux(order):
+    """It sits in the double blocks' processors: refused there by name, never lost and never silently on top."""
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    tiny = TINY["flux"]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+
+    def load():
+        for block in model.transformer_blocks:
+            block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 32))
+
+    if order == "ip-first":
+        load()
+        with pytest.raises(NotImplementedError, match="FluxIPAdapterAttnProcessor"):
+            lf.apply(model, lf.CLEAR(2))
+        lf.apply(model, lf.CLEAR(2), layers="single_transformer_blocks.*")
+        assert lf.describe(model).replaced == 2
+    else:
+        lf.apply(model, lf.CLEAR(2))
+        load()
+        with pytest.raises(RuntimeError, match=r"FluxIPAdapterAttnProcessor was set over CLEAR on transformer_blocks"):
+            forward(model, inputs)
+    lf.restore(model)
+    assert {type(b.attn.processor) for b in model.transformer_blocks} == {FluxIPAdapterAttnProcessor}
+
+
+def test_projections_fused_while_on():
+    tiny = TINY["unet-sd15"]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+    lf.apply(model, lf.CLEAR(2))
+    model.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match=r"FusedAttnProcessor2_0 was set over CLEAR"):
+        forward(model, inputs)

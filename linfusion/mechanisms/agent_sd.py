@@ -98,10 +98,10 @@ class AgentSDAttention(Mechanism):
         return Merged(few.merge(x), agents, few.unmerge)
 
     def forward(self, call: AttnCall) -> Tensor:
-        q, k = call.normalised()
+        q, k = call.rotated()  # only norms: no layer that rotates is taken
         if call.agents is None:
             return call.exact(q, k, call.v)
-        agents = call.agents if call.norms is None else call.norms.q(call.agents)
+        agents = (call.agents if call.norms is None else call.norms.q(call.agents)).to(q.dtype)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         out = agent_attention(q, k, call.v, agents, scale=scale, agent_scale=scale**self.config.agent_power)
         return torch.add(out, call.v, alpha=self.config.shortcut)

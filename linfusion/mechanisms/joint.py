@@ -25,7 +25,7 @@ def attend(call: AttnCall, text: str, **settings: Any) -> Tensor:
             The same where a host has no text in its sequence.
         settings: of `linear_attention`.
     """
-    q, k = call.normalised()
+    q, k = (x.to(call.v.dtype) for x in call.normalised())  # under autocast norms may answer in fp32
     if text == "linear":
         return linear_attention(q, k, call.v, rope=call.tables(), key_mask=call.real_tokens(), **settings)
     (_, q), (_, k), (_, v) = call.split(q), call.split(k), call.split(call.v)

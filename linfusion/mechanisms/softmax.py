@@ -25,7 +25,7 @@ class SoftmaxAttention(Mechanism):
     honours_backend = True
 
     def forward(self, call: AttnCall) -> Tensor:
-        q, k = call.rotated()
+        q, k = call.rotated(as_values=False)
         return call.exact(q, k, call.v, mask=call.mask)
 
     def pairs(self, grid: tuple[int, ...], text: int) -> float:
