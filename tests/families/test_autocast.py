@@ -5,7 +5,7 @@ import torch
 
 import linfusion as lf
 
-from ..models import forward
+from ..models import forward, gap
 from .matrix import CONFIGS, answer
 
 
