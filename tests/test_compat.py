@@ -437,11 +437,11 @@ def backends():
 
 def dispatched(monkeypatch):
     """The backends that diffusers' dispatcher was asked for by our processors."""
-    from linfusion.families import flux
+    from linfusion.families import base
 
-    asked, real = [], flux.dispatch_attention_fn
+    asked, real = [], base.dispatch_attention_fn
     monkeypatch.setattr(
-        flux,
+        base,
         "dispatch_attention_fn",
         lambda *a, backend=None, **k: asked.append(backend) or real(*a, backend=backend, **k),
     )

@@ -8,12 +8,12 @@ from functools import partial
 from torch import Tensor
 
 from ..call import Layout, sdpa
-from .base import Family, HostLayer, argument
-from .joint import JointProcessor, block_attention, joint_site
+from .base import Family, HostLayer, Processor, argument
+from .joint import block_attention, joint_site
 from .spatial import patch_layout
 
 
-class AuraFlowProcessor(JointProcessor):
+class AuraFlowProcessor(Processor):
     """Text comes apart in double blocks, joined to the image in single blocks. Positions are learned: no rotation."""
 
     def __call__(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from ..call import Layout, Site
+from ..call import AttnCall, Layout, Norms, Rope, Site, sdpa
 from ..mechanisms import Mechanism
 
 HostLayer = Any  # a diffusers module; its attributes are the host's own, which nn.Module cannot type
@@ -19,8 +21,12 @@ class Processor:
 
     Stateless and made without arguments: diffusers re-creates processors by class when IP-Adapters are loaded. Each
     subclass spells out its tensor arguments, since hosts drop whatever the signature of `__call__` does not name.
+
+    Attributes:
+        text_first: on which side of the image the host puts its text, if it has any in the sequence.
     """
 
+    text_first: ClassVar[bool] = True
     # diffusers writes these two where a processor has them
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -54,6 +60,110 @@ class Processor:
                 "when the whole model is called; this layer was called on its own."
             )
         return mechanism
+
+    def attend(
+        self,
+        mechanism: Mechanism,
+        attn: HostLayer,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *,
+        rope: Rope | None = None,
+        mask: Tensor | None = None,
+        text: int | None = None,
+        text_mask: Tensor | None = None,
+        scale: float | None = None,
+        exact: Callable[..., Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention before the output projections: image and text `[B, S, C]`.
+
+        Without `encoder_hidden_states`, text (if the layer has any) stands in `hidden_states` already; the whole
+        sequence then comes back first, and None. `text` is how many tokens that are, where not the layout's number.
+        """
+        site, apart = mechanism.site, encoder_hidden_states is not None
+        if text is None:
+            text = mechanism.layout.text if site.joint else 0
+        merged = mechanism.merge(hidden_states) if mechanism.merges_tokens else None  # only in layers without text
+        if merged is not None:
+            hidden_states = merged.tokens
+        x_q, x_k = self.inputs(mechanism, hidden_states, 0 if apart else text)
+        q = to_heads(attn.to_q(x_q), site.head_dim)
+        k = to_heads(attn.to_k(x_k), site.head_dim)
+        v = to_heads(attn.to_v(hidden_states), site.head_dim)
+        norms = self.norms(attn)
+        if apart:
+            q, k, v = (
+                self.join(to_heads(project(encoder_hidden_states), site.head_dim), x)
+                for project, x in ((attn.add_q_proj, q), (attn.add_k_proj, k), (attn.add_v_proj, v))
+            )
+            if norms is not None:
+                norms = Norms(*norms[:2], attn.norm_added_q or nn.Identity(), attn.norm_added_k or nn.Identity())
+        call = AttnCall(
+            q, k, v, grid=mechanism.layout.grid, text=text, text_first=self.text_first, text_mask=text_mask,
+            norms=norms, rope=rope, scale=scale, exact=exact or self.exact, mask=mask,
+        )  # fmt: skip
+        if merged is not None and merged.agents is not None:
+            call.agents = to_heads(attn.to_q(merged.agents), site.head_dim)
+        out = mechanism(call).flatten(2).to(call.normalised()[0].dtype)  # which is fp32 under autocast in some hosts
+        if merged is not None:
+            out = merged.expand(out)
+        if not apart:
+            return out, None
+        words, image = call.split(out)
+        return image, words
+
+    def attend_alone(
+        self,
+        attn: HostLayer,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        mask: Tensor | None,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """A whole self-attention layer without text, its output projection included."""
+        mechanism = self.mechanism(attn, mask)
+        if encoder_hidden_states is not None:
+            raise ValueError(f"{mechanism.site.name} was called as cross-attention, which linfusion does not replace.")
+        out, _ = self.attend(mechanism, attn, hidden_states, rope=rope, mask=mask)
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The host's own attention."""
+        return sdpa(q, k, v, mask)
+
+    def norms(self, attn: HostLayer) -> Norms | None:
+        """The layer's norms of image queries and keys."""
+        if attn.norm_q is None and attn.norm_k is None:
+            return None
+        return Norms(attn.norm_q or nn.Identity(), attn.norm_k or nn.Identity())
+
+    def inputs(self, mechanism: Mechanism, x: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        """Inputs of the query and key projections; of `text` tokens in `x`, the mechanism's features see nothing."""
+        if not mechanism.changes_input or text == 0:
+            return mechanism.features(x)
+        rest = x.shape[1] - text
+        words, image = (x[:, :text], x[:, text:]) if self.text_first else (x[:, rest:], x[:, :rest])
+        x_q, x_k = mechanism.features(image)
+        return self.join(words, x_q), self.join(words, x_k)
+
+    def join(self, text: Tensor, image: Tensor) -> Tensor:
+        """The host's order."""
+        return torch.cat((text, image) if self.text_first else (image, text), dim=1)
+
+
+class DispatchProcessor(Processor):
+    """Of hosts that let diffusers choose the attention backend."""
+
+    def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
+
+
+def prepared_mask(attn: HostLayer, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """A mask as `Attention`'s plain processors make it ready: `[B, H, 1 or S, S]`."""
+    if mask is None:
+        return None
+    mask = attn.prepare_attention_mask(mask, tokens, batch)
+    return mask.view(batch, attn.heads, -1, mask.shape[-1])
 
 
 def backend_name(backend: Any) -> str:

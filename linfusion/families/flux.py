@@ -9,22 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from ..call import Layout, Rope, Site
 from ..kernels import RopeTables
 from ..mechanisms import Mechanism
-from .base import Family, HostLayer, argument, class_names
-from .joint import JointProcessor
-
-
-class DispatchProcessor(JointProcessor):
-    """Hosts that let diffusers choose the attention backend."""
-
-    def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
+from .base import DispatchProcessor, Family, HostLayer, argument, class_names
 
 
 class FluxProcessor(DispatchProcessor):
@@ -41,7 +32,7 @@ class FluxProcessor(DispatchProcessor):
         mechanism = self.mechanism(attn, attention_mask)
         image, text = self.attend(
             mechanism, attn, hidden_states, encoder_hidden_states, rope=flux_rope(image_rotary_emb),
-            mask=attention_mask, text_mask=mechanism.layout.text_mask, exact=self.exact,
+            mask=attention_mask, text_mask=mechanism.layout.text_mask,
         )  # fmt: skip
         if text is None:
             return image
@@ -56,11 +47,11 @@ class ChromaProcessor(FluxProcessor):
         return super().mechanism(attn, None)
 
 
-def flux_rope(tables: Any) -> Rope | None:
+def flux_rope(tables: Any, covers_text: bool = True) -> Rope | None:
     if tables is None:
         return None
     turn: Any = partial(apply_rotary_emb, freqs_cis=tables, sequence_dim=1)  # diffusers types it as a pair
-    return Rope(turn, RopeTables(tables[0], tables[1], interleaved=True))
+    return Rope(turn, RopeTables(tables[0], tables[1], interleaved=True), covers_text)
 
 
 def flux_layout(

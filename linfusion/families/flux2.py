@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..call import AttnCall, Layout, Norms
-from .base import HostLayer, argument, class_names, to_heads
-from .flux import FLUX, DispatchProcessor, FluxProcessor, flux_layout, flux_rope
+from .base import DispatchProcessor, HostLayer, argument, class_names, to_heads
+from .flux import FLUX, FluxProcessor, flux_layout, flux_rope
 
 
 class Flux2SingleProcessor(DispatchProcessor):
@@ -34,7 +34,7 @@ class Flux2SingleProcessor(DispatchProcessor):
             q, k, v, grid=layout.grid, text=layout.text, norms=Norms(attn.norm_q, attn.norm_k),
             rope=flux_rope(image_rotary_emb), exact=self.exact, mask=attention_mask,
         )  # fmt: skip
-        out = mechanism(call).flatten(2).to(q.dtype)
+        out = mechanism(call).flatten(2).to(call.normalised()[0].dtype)
         return attn.to_out(torch.cat((out, attn.mlp_act_fn(mlp)), dim=-1))
 
 

@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from ..call import AttnCall, Layout, Norms, Rope, Site
+from ..call import Layout, Rope, Site
 from ..kernels import RopeTables
-from ..mechanisms import Mechanism
-from .base import Family, HostLayer, Processor, argument, class_names, to_heads
+from .base import DispatchProcessor, Family, HostLayer, Processor, argument, class_names
 
 FILL = 32  # Z-Image's SEQ_MULTI_OF
 
@@ -55,29 +53,7 @@ def reorder(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
 
 
-class PackedProcessor(Processor):
-    """What both hosts share: one set of projections and norms, and a rotation, for all tokens."""
-
-    def attend(
-        self, attn: HostLayer, mechanism: Mechanism, x: Tensor, freqs: Tensor | None, call: dict[str, Any]
-    ) -> Tensor:
-        """The attention output `[B, S, C]` of the sequence `x`, before `to_out`; `call` goes to the `AttnCall`."""
-        head_dim = attn.inner_dim // attn.heads
-        x_q = x_k = x
-        if mechanism.changes_input:
-            part = AttnCall(x, x, x, text=call["text"], text_first=call["text_first"])
-            text, image = part.split(x)
-            x_q, x_k = (part.join(text, y) for y in mechanism.features(image))
-        q = to_heads(attn.to_q(x_q), head_dim)
-        k = to_heads(attn.to_k(x_k), head_dim)
-        v = to_heads(attn.to_v(x), head_dim)
-        norms = Norms(attn.norm_q or nn.Identity(), attn.norm_k or nn.Identity())
-        grid = mechanism.layout.grid
-        out = mechanism(AttnCall(q, k, v, grid=grid, norms=norms, rope=complex_rope(freqs), **call))
-        return out.flatten(2).to(q.dtype)
-
-
-class Lumina2Processor(PackedProcessor):
+class Lumina2Processor(Processor):
     def __call__(
         self,
         attn: HostLayer,
@@ -99,12 +75,10 @@ class Lumina2Processor(PackedProcessor):
             x = reorder(x, order.there)
             if image_rotary_emb is not None:
                 image_rotary_emb = reorder(image_rotary_emb, order.there)
-        out = self.attend(
-            attn, mechanism, x, image_rotary_emb,
-            {
-                "text": text, "text_first": True, "text_mask": None if order is None else order.text_mask,
-                "scale": attn.scale, "exact": partial(grouped_sdpa, scale=attn.scale), "mask": mask,
-            },
+        out, _ = self.attend(
+            mechanism, attn, x, rope=complex_rope(image_rotary_emb), mask=mask, text=text,
+            text_mask=None if order is None else order.text_mask,
+            scale=attn.scale, exact=partial(grouped_sdpa, scale=attn.scale),
         )  # fmt: skip
         if order is not None:
             out = reorder(out, order.back)
@@ -119,7 +93,9 @@ def grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *,
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-class ZImageProcessor(PackedProcessor):
+class ZImageProcessor(DispatchProcessor):
+    text_first = False
+
     def __call__(
         self,
         attn: HostLayer,
@@ -136,18 +112,12 @@ class ZImageProcessor(PackedProcessor):
             raise NotImplementedError(f"{mechanism.site.name}: {NO_SINGLE_GRID}")
         elif attention_mask is not None:
             text_mask = attention_mask[:, layout.tokens :]
-        out = self.attend(
-            attn, mechanism, hidden_states, freqs_cis,
-            {
-                "text": hidden_states.shape[1] - layout.tokens, "text_first": False, "text_mask": text_mask,
-                "exact": self.exact, "mask": mask,
-            },
+        out, _ = self.attend(
+            mechanism, attn, hidden_states, rope=complex_rope(freqs_cis), mask=mask,
+            text=hidden_states.shape[1] - layout.tokens, text_mask=text_mask,
         )  # fmt: skip
         out = attn.to_out[0](out)
         return attn.to_out[1](out) if len(attn.to_out) > 1 else out
-
-    def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
 
 
 def complex_rope(freqs: Tensor | None) -> Rope | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from ..call import Layout, Rope, Site
 from ..kernels import RopeTables
-from .base import Family, HostLayer, argument
-from .flux import DispatchProcessor
+from .base import DispatchProcessor, Family, HostLayer, argument
 from .joint import block_attention, joint_site
 
 # the oldest supported diffusers hands the text's mask down to the layers but attends to padding all the same
@@ -40,8 +40,8 @@ class QwenProcessor(DispatchProcessor):
             real = text_mask.new_ones(hidden_states.shape[:2])
             attention_mask = torch.cat((text_mask, real), dim=1)[:, None, None, :]
         image, text = self.attend(
-            mechanism, attn, hidden_states, encoder_hidden_states, exact=self.exact, mask=attention_mask,
-            text_mask=text_mask, rope=qwen_rope(image_rotary_emb),
+            mechanism, attn, hidden_states, encoder_hidden_states, mask=attention_mask, text_mask=text_mask,
+            rope=qwen_rope(image_rotary_emb),
         )  # fmt: skip
         assert text is not None  # it came apart
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
@@ -68,15 +68,18 @@ def turned(x: Tensor, image: Tensor, text: Tensor) -> Tensor:
 def qwen_layout(
     host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str], *, words: int = 1, shapes: int = 4
 ) -> Layout:
-    """`img_shapes` holds `(frames, h, w)` for each picture of each sample; samples share them, as in the host.
+    """`img_shapes` holds `(frames, h, w)` for each picture of each sample; the host takes the first's for all.
 
     `words` and `shapes` are the places of the text and of `img_shapes` among the arguments of the host's forward.
     """
     tokens = argument(args, kwargs, 0, "hidden_states").shape[1]
     text = argument(args, kwargs, words, "encoder_hidden_states").shape[1]
-    given = argument(args, kwargs, shapes, "img_shapes")
-    pictures = given[0] if isinstance(given, list) else given
-    pictures = list(pictures) if isinstance(pictures, list) else [pictures]
+    samples = argument(args, kwargs, shapes, "img_shapes")
+    samples = samples if isinstance(samples, list) else [samples]
+    pictures, *others = [list(sample) if isinstance(sample, list) else [sample] for sample in samples]
+    there = sum(math.prod(picture) for picture in pictures)
+    if there != tokens:
+        raise ValueError(f"img_shapes={pictures} describes {there} image tokens, but there are {tokens}.")
     layout = Layout(tokens=tokens, text=text)
     if "grid" not in needs:
         return layout
@@ -85,10 +88,9 @@ def qwen_layout(
             f"img_shapes={pictures} is not one picture. Reference images and layers in the sequence (Qwen-Image-Edit, "
             "Layered) are not supported by mechanisms that need the grid."
         )
-    _, height, width = pictures[0]
-    if height * width != tokens:
-        raise ValueError(f"img_shapes={pictures} describes {height * width} image tokens, but there are {tokens}.")
-    layout.grid = (height, width)
+    if any(sample != pictures for sample in others):
+        raise ValueError(f"img_shapes differ between samples ({samples}); mechanisms that need the grid take one.")
+    layout.grid = tuple(pictures[0][1:])
     return layout
 
 

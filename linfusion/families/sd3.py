@@ -8,12 +8,12 @@ from functools import partial
 from torch import Tensor
 
 from ..call import Layout, Site
-from .base import Family, HostLayer, argument
-from .joint import JointProcessor, block_attention, joint_site
+from .base import Family, HostLayer, Processor, argument
+from .joint import block_attention, joint_site
 from .spatial import patch_layout, thousandths
 
 
-class SD3Processor(JointProcessor):
+class SD3Processor(Processor):
     """`attn` with text apart; `attn2` and the blocks of SD3.5's ControlNets without any. No rotation."""
 
     text_first = False

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..call import AttnCall, Layout, Norms, Rope, Site
-from .base import Family, HostLayer, Processor, argument, class_names, to_heads
+from ..call import Layout, Site
+from .base import Family, HostLayer, Processor, argument, class_names, prepared_mask
 from .flux import flux_rope
 
 STOCK = frozenset({"AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"})
@@ -27,45 +27,11 @@ class SpatialProcessor(Processor):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, None)
-
-    def attend(
-        self,
-        attn: HostLayer,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        attention_mask: Tensor | None,
-        rope: Rope | None,
-    ) -> Tensor:
-        """What all hosts of this file share; `rope` is the host's rotation, of every token."""
-        mechanism = self.mechanism(attn, attention_mask)
-        if encoder_hidden_states is not None:
-            raise ValueError(f"{mechanism.site.name} was called as cross-attention, which linfusion does not replace.")
-        merged = mechanism.merge(hidden_states) if mechanism.merges_tokens else None
-        if merged is not None:
-            hidden_states = merged.tokens
-        mask = attention_mask
-        if mask is not None:
-            batch, tokens, _ = hidden_states.shape
-            mask = attn.prepare_attention_mask(mask, tokens, batch)
-            mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
-        head_dim = attn.inner_dim // attn.heads
-        x_q, x_k = mechanism.features(hidden_states)
-        q = to_heads(attn.to_q(x_q), head_dim)
-        k = to_heads(attn.to_k(x_k), head_dim)
-        v = to_heads(attn.to_v(hidden_states), head_dim)
-        norms = None
-        if attn.norm_q is not None or attn.norm_k is not None:
-            norms = Norms(attn.norm_q or nn.Identity(), attn.norm_k or nn.Identity())
-        call = AttnCall(q, k, v, grid=mechanism.layout.grid, norms=norms, rope=rope, mask=mask)
-        if merged is not None and merged.agents is not None:
-            call.agents = to_heads(attn.to_q(merged.agents), head_dim)
-        out = mechanism(call).flatten(2).to(q.dtype)
-        out = attn.to_out[1](attn.to_out[0](out))
-        return out if merged is None else merged.expand(out)
+        mask = prepared_mask(attn, attention_mask, *hidden_states.shape[:2])
+        return self.attend_alone(attn, hidden_states, encoder_hidden_states, mask)
 
 
-class HunyuanDiTProcessor(SpatialProcessor):
+class HunyuanDiTProcessor(Processor):
     """The same with a rotation; stock sets its processor on self- and cross-attention alike."""
 
     def __call__(
@@ -77,7 +43,8 @@ class HunyuanDiTProcessor(SpatialProcessor):
         temb: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, flux_rope(image_rotary_emb))
+        mask = prepared_mask(attn, attention_mask, *hidden_states.shape[:2])
+        return self.attend_alone(attn, hidden_states, encoder_hidden_states, mask, flux_rope(image_rotary_emb))
 
 
 def self_attention(model: nn.Module) -> Iterator[tuple[str, Any]]:

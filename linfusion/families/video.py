@@ -9,43 +9,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 from torch import Tensor, nn
 
-from ..call import AttnCall, Layout, Norms, Rope, Site
+from ..call import Layout, Norms, Rope, Site
 from ..kernels import RopeTables
-from .base import Family, HostLayer, Processor, argument, class_names, to_heads
+from .base import DispatchProcessor, Family, HostLayer, argument, class_names, prepared_mask, to_heads
 
 
-class VideoProcessor(Processor):
-    """What both hosts share: norms over the channels of all heads, and attention through diffusers' dispatcher."""
+class VideoProcessor(DispatchProcessor):
+    """Norms over the channels of all heads."""
 
-    def attend(
-        self,
-        attn: HostLayer,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        attention_mask: Tensor | None,
-        rope: Rope | None,
-    ) -> Tensor:
-        mechanism = self.mechanism(attn, attention_mask)
-        if encoder_hidden_states is not None:
-            raise ValueError(f"{mechanism.site.name} was called as cross-attention, which linfusion does not replace.")
-        head_dim = attn.inner_dim // attn.heads
-        x_q, x_k = mechanism.features(hidden_states)
-        q = to_heads(attn.to_q(x_q), head_dim)
-        k = to_heads(attn.to_k(x_k), head_dim)
-        v = to_heads(attn.to_v(hidden_states), head_dim)
-        norms = Norms(across_heads(attn.norm_q), across_heads(attn.norm_k))
-        call = AttnCall(
-            q, k, v, grid=mechanism.layout.grid, norms=norms, rope=rope, exact=self.exact, mask=attention_mask
-        )
-        out = mechanism(call).flatten(2).to(q.dtype)
-        return attn.to_out[1](attn.to_out[0](out))
-
-    def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
+    def norms(self, attn: HostLayer) -> Norms:
+        return Norms(across_heads(attn.norm_q), across_heads(attn.norm_k))
 
 
 class WanProcessor(VideoProcessor):
@@ -60,7 +36,7 @@ class WanProcessor(VideoProcessor):
         rope = None
         if rotary_emb is not None:
             rope = Rope(partial(wan_turn, tables=rotary_emb), RopeTables(*rotary_emb, interleaved=True))
-        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, rope)
+        return self.attend_alone(attn, hidden_states, encoder_hidden_states, attention_mask, rope)
 
 
 class LTXProcessor(VideoProcessor):
@@ -72,14 +48,11 @@ class LTXProcessor(VideoProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if attention_mask is not None:
-            batch, tokens, _ = hidden_states.shape
-            attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        mask = prepared_mask(attn, attention_mask, *hidden_states.shape[:2])
         rope = None
         if image_rotary_emb is not None:
             rope = ltx_rope(image_rotary_emb, attn.inner_dim // attn.heads)
-        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, rope)
+        return self.attend_alone(attn, hidden_states, encoder_hidden_states, mask, rope)
 
 
 def across_heads(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
