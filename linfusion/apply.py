@@ -44,6 +44,7 @@ class Record:
     entries: dict[str, Entry] = field(default_factory=dict)
     hosts: dict[str, HostState] = field(default_factory=dict)
     sites: dict[str, tuple[Site, Layout]] = field(default_factory=dict)  # of every layer that could have been chosen
+    passed: dict[str, str] = field(default_factory=dict)  # chosen, but left as they are, and why
     clock: Clock = field(default_factory=Clock)
     read_time: Callable[..., float] | None = None  # where some mechanism needs the clock
     originals: dict[str, Tensor] = field(default_factory=dict)  # host parameters that loaded weights replaced
@@ -191,7 +192,10 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
         if levels is not None:
             site = replace(site, level=levels[name])
         record.sites[name] = site, state.layout
-        if name not in chosen or not chosen[name].takes(site):
+        if name not in chosen:
+            continue
+        if (reason := chosen[name].passes(site)) is not None:
+            record.passed[name] = reason
             continue
         original = attn.processor
         if previous is not None and name in previous.entries:
@@ -208,7 +212,9 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
                 )
             record.read_time = family.time
     if not record.entries:
-        raise ValueError(f"No layer was chosen out of {len(targets)} ({_examples(list(chosen))}).")
+        raise ValueError(
+            f"Nothing is left to replace: {next(iter(record.passed.values()))}, chosen were {list(chosen)}."
+        )
     return record
 
 

@@ -92,7 +92,8 @@ def describe(pipe_or_model: Any) -> Description:
             total += exact
             if entry is None or not isinstance(attn.processor, Processor):
                 done += exact
-                reason = _reason(family, name, attn, targets, entry)
+                passed = None if record is None else record.passed.get(name)
+                reason = passed or _reason(family, name, attn, targets, entry)
                 reports.append(LayerReport(prefix + name, None, None, None, 0, reason))
                 continue
             grid = None if layout.grid is None else tuple(int(n) for n in layout.grid)

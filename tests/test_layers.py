@@ -56,7 +56,7 @@ def test_the_parser_sees_imports():
     assert imports("linfusion.mechanisms.clear") >= {"linfusion.call", "linfusion.kernels", "linfusion.mechanisms.base"}
     assert "linfusion.apply" in imports("linfusion") and "linfusion.describe" in imports("linfusion.cli.generate")
     assert "linfusion.pipelines.generate" in imports("linfusion.cli.generate")
-    assert "diffusers.models.attention_dispatch" in imports("linfusion.families.flux")
+    assert "diffusers.models.attention_dispatch" in imports("linfusion.families.base")
 
 
 HOSTS = ("diffusers", "transformers", "accelerate", "peft")

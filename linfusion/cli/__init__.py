@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -36,13 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (ValueError, NotImplementedError, ImportError, OSError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"linfusion: error: {reason}", file=sys.stderr)
+        _say(f"linfusion: error: {reason}")
         return 2
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():
             raise
-        print("linfusion: error: out of memory; try a smaller --size or --dtype bfloat16.", file=sys.stderr)
+        _say("linfusion: error: out of memory; try a smaller --size or --dtype bfloat16.")
         return 2
     except KeyboardInterrupt:
-        print("linfusion: interrupted", file=sys.stderr)
+        _say("linfusion: interrupted")
         return 130
+
+
+def _say(line: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).out(line, highlight=False)

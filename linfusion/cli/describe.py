@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     change(pipe, args, config)
     report = describe(pipe)
     if args.json:
-        print(json.dumps(report.to_dict()))
+        Console().out(json.dumps(report.to_dict()), highlight=False)
     else:
         Console().print(report)
     return 0

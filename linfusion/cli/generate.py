@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     figures = _figures(name, report, picture, original, quality) | {"out": str(args.out)}
     if args.json:
-        print(json.dumps(figures))
+        Console().out(json.dumps(figures), highlight=False)
     else:
         Console().print(_table(label, figures, quality))
     return 0

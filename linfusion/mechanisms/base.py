@@ -19,9 +19,9 @@ class MechanismConfig:
 
     name: ClassVar[str]
 
-    def takes(self, site: Site) -> bool:
-        """Whether the layer is one this mechanism is meant for; others stay as they are."""
-        return True
+    def passes(self, site: Site) -> str | None:
+        """Why this mechanism leaves the layer as it is; None where it takes it."""
+        return None
 
     def build(self, site: Site) -> Mechanism:
         """The module for one layer, with its parameters freshly initialised.

@@ -85,7 +85,9 @@ def test_only_the_finest_layers():
     lf.apply(model, SETTINGS)
     on = {r.layer for r in lf.describe(model).layers if r.mechanism}
     assert on and not any(name.startswith("mid") for name in on)
-    with pytest.raises(ValueError, match="No layer was chosen"):
+    reasons = {r.layer: r.reason for r in lf.describe(model).layers}
+    assert reasons["mid_block.attentions.0.transformer_blocks.0.attn1"] == "AgentSD acts on the finest grid only"
+    with pytest.raises(ValueError, match="Nothing is left to replace: AgentSD acts on the finest grid only"):
         lf.apply(model, SETTINGS, layers="mid_block.*")
 
 

@@ -5,14 +5,16 @@ import torch
 
 import linfusion as lf
 
-from ..models import forward, gap
-from .matrix import CONFIGS, answer
+from ..models import HOSTS, forward, gap
+from .matrix import CONFIGS, table
+
+CELLS = [(h, n) for h, t in HOSTS.items() for n in CONFIGS if table()[t.family][h][n] == "yes"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_autocast(tiny, model, inputs, name):
-    if answer(tiny, CONFIGS[name]) != "yes":
-        pytest.skip("refused, see docs/support.json")
+@pytest.mark.parametrize(("host", "name"), CELLS)
+def test_autocast(host, name):
+    tiny = HOSTS[host]
+    model, inputs = tiny.build(), tiny.inputs(6, 6 if tiny.square else 9)
     wide = forward(model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         stock = forward(model, inputs)
@@ -20,5 +22,5 @@ def test_autocast(tiny, model, inputs, name):
     with torch.autocast("cpu", torch.bfloat16):
         out = forward(model, inputs)
     assert out.isfinite().all() and out.shape == exact.shape
-    if name == "softmax":  # hosts cast back and forth at places of their own, so not bit for bit
+    if name == "softmax":  # q is laid out otherwise in memory than in some hosts, which bf16 kernels round otherwise
         assert gap(out, wide) < 1.5 * gap(stock, wide) + 1e-6

@@ -7,7 +7,7 @@ import linfusion as lf
 from linfusion.families.flux import ids_grid
 from linfusion.kernels import window_attention
 
-from ..models import TINY, flux_ids, forward, gap, grids_for, noise, whole
+from ..models import HOSTS, TINY, flux_ids, forward, gap, grids_for, noise, whole
 
 
 def grids(model) -> set:
@@ -129,3 +129,18 @@ def test_a_processor_without_its_mechanism_says_so(model, inputs):
     del model.get_submodule(name).linfusion
     with pytest.raises(RuntimeError, match="no mechanism"):
         forward(model, inputs)
+
+
+def test_qwen_shapes_that_do_not_fit():
+    """`img_shapes` is data that nothing else checks: the host itself would fail far from the cause, or not at all."""
+    tiny = HOSTS["qwen"]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+    for config in (lf.CLEAR(2), lf.LinFusion(), lf.SLA(topk=0.5, block_q=16, block_k=16)):
+        lf.apply(model, config)
+        with pytest.raises(ValueError, match="describes 45 image tokens, but there are 54"):
+            forward(model, inputs | {"img_shapes": [[(1, 5, 9)]] * 2})
+    lf.apply(model, lf.CLEAR(2))
+    with pytest.raises(ValueError, match="differ between samples"):
+        forward(model, inputs | {"img_shapes": [[(1, 6, 9)], [(1, 9, 6)]]})
+    lf.apply(model, lf.LinFusion())
+    assert forward(model, inputs | {"img_shapes": [[(1, 3, 9), (1, 3, 9)]] * 2}).isfinite().all()
