@@ -50,6 +50,7 @@ class HunyuanVideoProcessor(DispatchProcessor):
         tokens = hidden_states.shape[1]
         text_mask = padding(attention_mask, tokens)
         mechanism = self.mechanism(attn, attention_mask if text_mask is None else None)
+        text: Tensor | None
         settings: Any = {
             "rope": flux_rope(image_rotary_emb, covers_text=False), "mask": attention_mask, "text_mask": text_mask
         }  # fmt: skip
