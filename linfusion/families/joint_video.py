@@ -50,7 +50,6 @@ class HunyuanVideoProcessor(DispatchProcessor):
         tokens = hidden_states.shape[1]
         text_mask = padding(attention_mask, tokens)
         mechanism = self.mechanism(attn, attention_mask if text_mask is None else None)
-        text: Tensor | None
         settings: Any = {
             "rope": flux_rope(image_rotary_emb, covers_text=False), "mask": attention_mask, "text_mask": text_mask
         }  # fmt: skip
@@ -58,7 +57,9 @@ class HunyuanVideoProcessor(DispatchProcessor):
             whole, _ = self.attend(mechanism, attn, self.join(encoder_hidden_states, hidden_states), **settings)
             video, text = whole[:, :tokens], whole[:, tokens:]
         else:
-            video, text = self.attend(mechanism, attn, hidden_states, encoder_hidden_states, **settings)
+            video, words = self.attend(mechanism, attn, hidden_states, encoder_hidden_states, **settings)
+            assert words is not None  # it came apart
+            text = words
         if attn.to_out is not None:
             video = attn.to_out[1](attn.to_out[0](video))
         return video, text if attn.to_add_out is None else attn.to_add_out(text)
