@@ -7,6 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub for anythin
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton reads it when kernels are defined; `backend.interpreted` then uses them
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from .models import TINY
 
 # tensors here are tiny: threads that wait for each other cost more than they bring, a lot more on a busy machine
