@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .features import named_feature_map
+from .rotary import RopeTables, check_tables
+
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless q, k and v are `[B, S, H, D]` tensors that belong together.
@@ -26,6 +29,41 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}.")
     if not (q.device == k.device == v.device):
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}.")
+
+
+NORMALIZE = ("divide", "none", "inline", "mala")
+
+
+def check_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: str,
+    normalize: str,
+    rope: RopeTables | None,
+    key_mask: Tensor | None,
+    key_weight: Tensor | None,
+) -> None:
+    """ValueError unless the arguments of linear attention belong together."""
+    check_qkv(q, k, v)
+    named_feature_map(feature_map)
+    if normalize not in NORMALIZE:
+        raise ValueError(f"Unknown normalize={normalize!r}. Available: {', '.join(NORMALIZE)}.")
+    if rope is not None:
+        check_tables(q, rope)
+        check_tables(k, rope)
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]):
+        raise ValueError(
+            f"key_mask must be bool [B, S_k] = {tuple(k.shape[:2])}, got {tuple(key_mask.shape)} {key_mask.dtype}."
+        )
+    if key_weight is not None:
+        if key_weight.shape != k.shape[:3] or not key_weight.dtype.is_floating_point:
+            raise ValueError(
+                f"key_weight must be floating [B, S_k, H_k] = {tuple(k.shape[:3])}, "
+                f"got {tuple(key_weight.shape)} {key_weight.dtype}."
+            )
+        if normalize in ("inline", "mala"):
+            raise ValueError(f"key_weight has no meaning with normalize={normalize!r}, which subtracts a plain mean.")
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:

@@ -1,8 +1,12 @@
 """Non-causal linear attention (Katharopoulos et al., arXiv 2006.16236, eq. 5, without the causal sum)."""
 
+import torch
 from torch import Tensor
 
 from . import reference
+from .backend import why_not_triton
+from .checks import check_linear, split_heads
+from .linear_launch import forward, linear_attention_op
 from .rotary import RopeTables
 
 
@@ -14,34 +18,98 @@ def linear_attention(
     feature_map: str = "elu1",
     normalize: str = "divide",
     eps: float = 1e-6,
+    scale: float = 1.0,
     rope: RopeTables | None = None,
     heads: int | None = None,
     key_mask: Tensor | None = None,
+    key_weight: Tensor | None = None,
 ) -> Tensor:
     """`out_i = phi(q_i) (mean_j phi(k_j)^T v_j) / (phi(q_i) . mean_j phi(k_j) + eps)`: linear in the length.
 
     Means rather than sums: the numbers stay within fp16's range at any length, and eps means the same at all of them.
+    On a GPU, four passes over `[B, S, H, D]` forward and seven backward, in Triton; gradients of `key_weight`, values
+    of another head dim than the keys' and head dims above 256 are computed by PyTorch.
 
     Args:
         q, k, v: `[B, S, H, D]`, not rotated; k and v may have another length and fewer heads than q.
         feature_map: phi, one of "elu1" (elu + 1), "relu", "softmax" (over D), "identity",
             "relu_eps" (relu + 1e-6, LiT, arXiv 2501.12976).
-        normalize: "divide", or "none" for the numerator alone.
+        normalize: with `t_i = scale phi(q_i) . mean_j phi(k_j)` and `n_i` the numerator above times scale,
+            "divide": `n_i / (t_i + eps)`; "none": `n_i`; "inline": `n_i + (1 - t_i) mean(v)` (InLine, arXiv
+            2412.06590); "mala": `(1 + 1 / (t_i + eps)) n_i - t_i mean(v)` (MALA, arXiv 2507.00698).
         eps: added to the denominator.
+        scale: factor of `phi(q) . phi(k)`; without effect on "divide" but for eps.
         rope: rotates the features in the numerator only; a rotated feature can be negative, so the denominator
             keeps the unrotated ones (as in SANA-Video, arXiv 2509.24695).
         heads: split the `H * D` channels into so many heads of their own, after feature map and rotation: fewer heads
             have larger states, `H * D / heads` squared (LiT's few heads). None keeps q's.
         key_mask: `[B, S_k]` bool, which keys there are; the means leave the others out. None for all.
+        key_weight: `[B, S_k, H_k]`, factors of phi(k) (RALA's alpha, arXiv 2411.07635); the means are still over the
+            number of keys.
 
     Returns:
         `[B, S, H, D]`.
 
     Raises:
         ValueError: shapes that do not belong together, an unknown feature map or normalisation, heads that do not
-            divide the channels.
+            divide the channels, `key_weight` where mean(v) is needed too.
     """
-    # the state is D x D per head: the specification itself is linear in memory, so it serves as the PyTorch path
-    return reference.linear_attention(
-        q, k, v, feature_map=feature_map, normalize=normalize, eps=eps, rope=rope, heads=heads, key_mask=key_mask
-    )
+    check_linear(q, k, v, feature_map, normalize, rope, key_mask, key_weight)
+    if heads is not None and heads != q.shape[2]:
+        groups = _regrouped(q, k, v, feature_map, rope, heads, key_weight)
+        if groups is not None:
+            out = linear_attention(
+                *groups[:3], feature_map=feature_map, normalize=normalize, eps=eps, scale=scale, rope=groups[3],
+                key_mask=key_mask,
+            )  # fmt: skip
+            return out.reshape(q.shape)
+    alone = heads is None or heads == q.shape[2]
+    if not alone or not _suits_kernels(v, rope, key_weight) or why_not_triton("linear_attention", q.shape[-1], q, k, v):
+        # the state is D x D per head: the specification itself is linear in memory, so it serves as the PyTorch path
+        return reference.linear_attention(
+            q, k, v, feature_map=feature_map, normalize=normalize, eps=eps, scale=scale, rope=rope, heads=heads,
+            key_mask=key_mask, key_weight=key_weight,
+        )  # fmt: skip
+    weight, count = _weights(key_mask, key_weight, k)
+    cos, sin, interleaved = (None, None, True) if rope is None else rope.to(q.device)
+    arguments = (q, k, v, weight, count, cos, sin, interleaved, feature_map, normalize, float(eps), float(scale))
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    # the operator costs more time than a small kernel, and only compile and autograd need it
+    run = linear_attention_op if wanted or torch.compiler.is_compiling() else forward
+    return run(*arguments)[0]
+
+
+def _suits_kernels(v: Tensor, rope: RopeTables | None, key_weight: Tensor | None) -> bool:
+    """Whether the kernels know these: one head dim, a power of two where pairs are half a head apart."""
+    dim = v.shape[-1]
+    if rope is not None and (rope.cos.shape[-1] != dim or (not rope.interleaved and dim & (dim - 1) != 0)):
+        return False
+    return key_weight is None or not (key_weight.requires_grad and torch.is_grad_enabled())
+
+
+def _regrouped(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: str, rope: RopeTables | None, heads: int, key_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, RopeTables | None] | None:
+    """The same call with channels and angles in `heads` heads from the start; None where the order matters."""
+    if feature_map == "softmax" or key_weight is not None or k.shape[2] != q.shape[2] or q.shape[2] % max(heads, 1):
+        return None
+    if rope is not None:
+        if not rope.interleaved or (rope.cos.ndim == 4 and rope.cos.shape[2] != 1):
+            return None
+        copies = (1,) * (rope.cos.ndim - 1) + (q.shape[2] // heads,)
+        rope = RopeTables(rope.cos.repeat(copies), rope.sin.repeat(copies), interleaved=True)
+    return *(split_heads(x, heads) for x in (q, k, v)), rope  # type: ignore[return-value]
+
+
+def _weights(
+    key_mask: Tensor | None, key_weight: Tensor | None, k: Tensor
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Factors of phi(k) `[B, S_k, H_k]` and how many keys each mean is over `[B]`; None where all count alike."""
+    batch, tokens, heads, _ = k.shape
+    if key_mask is None:
+        if key_weight is None:
+            return None, None
+        return key_weight.expand(batch, tokens, heads), k.new_full((batch,), tokens, dtype=torch.float32)
+    count = key_mask.sum(dim=1).clamp(min=1).to(torch.float32)
+    weight = key_mask[..., None] if key_weight is None else key_mask[..., None] * key_weight
+    return weight.expand(batch, tokens, heads), count

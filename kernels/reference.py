@@ -11,14 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_agents, check_grid, check_kernel, check_qkv, check_radius, repeat_heads, split_heads
+from .checks import check_agents, check_grid, check_kernel, check_linear, check_qkv, check_radius, repeat_heads, split_heads
 from .features import named_feature_map, wide
 from .reference_sparse import block_classes as block_classes
 from .reference_sparse import sparse_linear_attention as sparse_linear_attention
 from .rotary import RopeTables, rotate
-
-NORMALIZE = ("divide", "none")
-
 
 def linear_attention(
     q: Tensor,
@@ -28,32 +25,38 @@ def linear_attention(
     feature_map: str = "elu1",
     normalize: str = "divide",
     eps: float = 1e-6,
+    scale: float = 1.0,
     rope: RopeTables | None = None,
     heads: int | None = None,
     key_mask: Tensor | None = None,
+    key_weight: Tensor | None = None,
 ) -> Tensor:
     """See `linfusion.kernels.linear_attention`."""
-    check_qkv(q, k, v)
+    check_linear(q, k, v, feature_map, normalize, rope, key_mask, key_weight)
     phi = named_feature_map(feature_map)
-    if normalize not in NORMALIZE:
-        raise ValueError(f"Unknown normalize={normalize!r}. Available: {', '.join(NORMALIZE)}.")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]):
-        raise ValueError(
-            f"key_mask must be bool [B, S_k] = {tuple(k.shape[:2])}, got {tuple(key_mask.shape)} {key_mask.dtype}."
-        )
     dtype, shape = q.dtype, (*q.shape[:3], v.shape[-1])
-    q, k, v = wide(q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2]))
+    q, k, v = wide(q, k, v)
     q, k = phi(q), phi(k)
     count = k.new_full((), k.shape[1])
+    there = k.new_ones(())
     if key_mask is not None:
-        k = k * key_mask[..., None, None]
+        there = key_mask[..., None, None].to(k.dtype)
         count = key_mask.sum(dim=1).clamp(min=1)[:, None, None].to(k.dtype)
+    k = k * there if key_weight is None else k * there * key_weight[..., None]
+    values = v * there
     rq, rk = (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
-    q, k, rq, rk, v = (x if heads is None else split_heads(x, heads) for x in (q, k, rq, rk, v))
+    rk, k, v, values = (repeat_heads(x, shape[2]) for x in (rk, k, v, values))
+    q, k, rq, rk, v, values = (x if heads is None else split_heads(x, heads) for x in (q, k, rq, rk, v, values))
     state = torch.einsum("bshd,bshe->bhde", rk, v) / count[..., None]
-    out = torch.einsum("bshd,bhde->bshe", rq, state)
+    out = torch.einsum("bshd,bhde->bshe", rq, state) * scale
+    if normalize != "none":
+        total = (torch.einsum("bshd,bhd->bsh", q, k.sum(dim=1) / count) * scale).unsqueeze(-1)
     if normalize == "divide":
-        out = out / (torch.einsum("bshd,bhd->bsh", q, k.sum(dim=1) / count) + eps).unsqueeze(-1)
+        out = out / (total + eps)
+    elif normalize == "inline":
+        out = out + (1 - total) * (values.sum(dim=1) / count)[:, None]
+    elif normalize == "mala":
+        out = (1 + 1 / (total + eps)) * out - total * (values.sum(dim=1) / count)[:, None]
     return out.reshape(shape).to(dtype)
 
 

@@ -20,6 +20,10 @@ class RopeTables(NamedTuple):
     sin: Tensor
     interleaved: bool = True
 
+    def to(self, device: torch.device) -> "RopeTables":
+        """The tables on another device."""
+        return RopeTables(self.cos.to(device), self.sin.to(device), self.interleaved)
+
     def slice(self, start: int, stop: int) -> "RopeTables":
         """The tables of tokens `start` to `stop`."""
         tokens = slice(start, stop) if self.cos.ndim == 2 else (slice(None), slice(start, stop))
@@ -47,6 +51,13 @@ def _fitting(x: Tensor) -> tuple[tuple[int, ...], ...]:
     return (1, batch), (tokens,), (1, heads), (dim,)
 
 
+def check_tables(x: Tensor, tables: RopeTables) -> None:
+    """ValueError unless the tables have the length and head dim of `x` `[B, S, H, D]`, and its batch and heads or one."""
+    have = tables.cos.shape if tables.cos.ndim == 4 else (1, tables.cos.shape[0], 1, tables.cos.shape[-1])
+    if any(n not in allowed for n, allowed in zip(have, _fitting(x), strict=True)):
+        raise ValueError(f"Rotation tables {tuple(tables.cos.shape)} do not fit [B, S, H, D] = {tuple(x.shape)}.")
+
+
 def rotate(x: Tensor, tables: RopeTables) -> Tensor:
     """Rotate `x` `[B, S, H, D]` by the tables, in fp32 at least; returns `x`'s dtype.
 
@@ -54,9 +65,8 @@ def rotate(x: Tensor, tables: RopeTables) -> Tensor:
         ValueError: tables of another length or head dim, or of another batch or number of heads that is not one.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    check_tables(x, tables)
     cos, sin = (t.to(x.device, wide) for t in tables.expanded())
-    if any(have not in allowed for have, allowed in zip(cos.shape, _fitting(x), strict=True)):
-        raise ValueError(f"Rotation tables {tuple(tables.cos.shape)} do not fit [B, S, H, D] = {tuple(x.shape)}.")
     y = x.to(wide)
     if tables.interleaved:
         a, b = y.unflatten(-1, (-1, 2)).unbind(-1)
