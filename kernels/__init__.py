@@ -21,6 +21,7 @@ else:
     from .depthwise import depthwise_conv
     from .linear import linear_attention
     from .pool import pool_grid
+    from .prologue import qk_norm_rope
     from .rotary import RopeTables, rotate
     from .sparse_linear import sparse_linear_attention, sparse_linear_pairs
     from .window import window_attention, window_pairs
@@ -32,6 +33,7 @@ else:
         "linear_attention",
         "pool_agents",
         "pool_grid",
+        "qk_norm_rope",
         "resize_bias",
         "rotate",
         "sparse_linear_attention",

@@ -161,6 +161,53 @@ def check_agents(
     return scale, scale if agent_scale is None else float(agent_scale)
 
 
+def check_prologue(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    weights: tuple[Tensor, Tensor] | None,
+    across_heads: bool,
+    rope: RopeTables | None,
+    text: tuple[Tensor, Tensor, Tensor | None] | None,
+    text_weights: tuple[Tensor, Tensor] | None,
+    rope_from: int,
+) -> None:
+    """ValueError unless the arguments of `qk_norm_rope` belong together."""
+    check_qkv(q, k, k if v is None else v)
+    tokens = q.shape[1]
+    if k.shape[1] != tokens:
+        raise ValueError(f"q and k must be of one sequence, got {tokens} and {k.shape[1]} tokens.")
+    if text is not None:
+        if (text[2] is None) != (v is None):
+            raise ValueError("The values of text and image go together: give both or neither.")
+        tokens += text[0].shape[1]
+        for name, x, image in zip(("q", "k", "v"), text, (q, k, v), strict=True):
+            if (
+                x is not None
+                and image is not None
+                and (x.shape != (q.shape[0], text[0].shape[1], *image.shape[2:]) or x.dtype != image.dtype)
+            ):
+                raise ValueError(
+                    f"The text's {name} must be {image.dtype} [B, T, H, D] as the image's "
+                    f"{tuple(image.shape)}, got {x.dtype} {tuple(x.shape)}."
+                )
+    if text_weights is not None and (weights is None or text is None):
+        raise ValueError("text_weights go with text and with weights of the image's norms.")
+    for pair in (weights, text_weights):
+        for w, x in zip(pair or (), (q, k), strict=False):
+            if w.shape != ((x.shape[2] * x.shape[3],) if across_heads else (x.shape[3],)):
+                raise ValueError(
+                    f"A norm's weight must be [{'H * D' if across_heads else 'D'}] of {tuple(x.shape)}, "
+                    f"got {tuple(w.shape)}."
+                )
+    if rope is not None:
+        turning = rope.cos.shape[0 if rope.cos.ndim == 2 else 1]
+        if rope_from < 0 or rope_from + turning > tokens:
+            raise ValueError(f"Angles of tokens {rope_from} to {rope_from + turning} do not fit {tokens} tokens.")
+        for x in (q, k):
+            check_tables(x[:, :1].expand(-1, turning, -1, -1), rope)
+
+
 LINEAR_PARTS = ("all", "complement", "marginal")
 POSITIVE_MAPS = ("softmax", "elu1", "relu")
 

@@ -42,10 +42,10 @@ def padded(dim: int) -> int:
 
 
 def blocks(kernel: str, x: Tensor) -> Blocks:
-    """Block sizes of a kernel for inputs like `x`; fp32 takes half the tokens of 16 bits."""
+    """Block sizes of a kernel for inputs like `x`; fp32 takes small ones, its products need three times the room."""
     chosen = BLOCKS[kernel][max(64, padded(x.shape[-1]))]
     if x.element_size() == 4:
-        chosen = chosen._replace(tokens=max(16, chosen.tokens // 2), stages=1)
+        chosen = chosen._replace(tokens=16, stages=1)
     return chosen
 
 
@@ -58,8 +58,9 @@ def chunks(tokens: int, heads: int, block: Blocks, most: float, device: torch.de
 
 def _constants(x: Tensor, block: Blocks) -> dict[str, Any]:
     dim = padded(x.shape[-1])
+    tile = min(dim, (128 if dim <= 128 else 64) * 2 // x.element_size()) if dim > 64 else dim
     return {
-        "D": x.shape[-1], "BD": dim, "BV": min(dim, 128 if dim <= 128 else 64), "BS": block.tokens,
+        "D": x.shape[-1], "BD": dim, "BV": tile, "BS": block.tokens,
         "STAGES": block.stages, "num_warps": block.warps,
     }  # fmt: skip
 
@@ -69,7 +70,7 @@ def _tiles(constants: dict[str, Any]) -> int:
 
 
 def _rope(cos: Tensor | None, sin: Tensor | None, interleaved: bool, like: Tensor) -> tuple[Any, ...]:
-    """cos, sin, their strides over batch, tokens and heads (0 where shared), and the kind; `like` stands in for none."""
+    """cos, sin, their strides over batch, tokens, heads (0 where shared), and the kind; `like` stands in for none."""
     if cos is None or sin is None:
         return like, like, (0, 0, 0), "none"
     if sin.stride() != cos.stride() or cos.stride(-1) != 1:
@@ -190,9 +191,7 @@ def linear_attention_backward_op(
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, feature_map: str, normalize: str, eps: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(
-        grad, q, k, v, records, weight, count, cos, sin, interleaved, feature_map, normalize, eps, scale
-    )
+    return backward(grad, q, k, v, records, weight, count, cos, sin, interleaved, feature_map, normalize, eps, scale)
 
 
 @linear_attention_backward_op.register_fake

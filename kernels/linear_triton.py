@@ -7,9 +7,6 @@ mean(phi(k)), then the row mean(v). Programs that share a head leave partial rec
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .rotary import RopeTables
 
 
 @triton.jit

@@ -11,11 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_agents, check_grid, check_kernel, check_linear, check_qkv, check_radius, repeat_heads, split_heads
+from .checks import (
+    check_agents,
+    check_grid,
+    check_kernel,
+    check_linear,
+    check_prologue,
+    check_qkv,
+    check_radius,
+    repeat_heads,
+    split_heads,
+)
 from .features import named_feature_map, wide
 from .reference_sparse import block_classes as block_classes
 from .reference_sparse import sparse_linear_attention as sparse_linear_attention
 from .rotary import RopeTables, rotate
+
 
 def linear_attention(
     q: Tensor,
@@ -58,6 +69,47 @@ def linear_attention(
     elif normalize == "mala":
         out = (1 + 1 / (total + eps)) * out - total * (values.sum(dim=1) / count)[:, None]
     return out.reshape(shape).to(dtype)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    *,
+    eps: float | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
+    across_heads: bool = False,
+    rope: RopeTables | None = None,
+    text: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    text_weights: tuple[Tensor, Tensor] | None = None,
+    text_first: bool = True,
+    rope_from: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `linfusion.kernels.qk_norm_rope`."""
+    check_prologue(q, k, v, weights, across_heads, rope, text, text_weights, rope_from)
+
+    def norm(x: Tensor, weight: Tensor | None) -> Tensor:
+        (x,) = wide(x)
+        axes = (-2, -1) if across_heads else (-1,)
+        if eps is not None:
+            x = x * torch.rsqrt((x * x).mean(axes, keepdim=True) + eps)
+        return x if weight is None or eps is None else x * weight.to(x.dtype).reshape(x.shape[-len(axes) :])
+
+    def join(x: Tensor, words: Tensor | None) -> Tensor:
+        return x if words is None else torch.cat((words, x) if text_first else (x, words), dim=1)
+
+    def turn(x: Tensor) -> Tensor:
+        if rope is None:
+            return x
+        stop = rope_from + rope.cos.shape[0 if rope.cos.ndim == 2 else 1]
+        return torch.cat((x[:, :rope_from], rotate(x[:, rope_from:stop], rope), x[:, stop:]), dim=1)
+
+    first, second = weights or (None, None)
+    text_q, text_k, text_v = text or (None, None, None)
+    if text_q is not None and text_k is not None:
+        text_q, text_k = (norm(x, w) for x, w in zip((text_q, text_k), text_weights or (first, second), strict=True))
+    out_q, out_k = turn(join(norm(q, first), text_q)), turn(join(norm(k, second), text_k))
+    return out_q.to(q.dtype), out_k.to(k.dtype), None if v is None else join(v, text_v)
 
 
 def depthwise_conv(v: Tensor, *, grid: Sequence[int], weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -52,7 +52,7 @@ def _fitting(x: Tensor) -> tuple[tuple[int, ...], ...]:
 
 
 def check_tables(x: Tensor, tables: RopeTables) -> None:
-    """ValueError unless the tables have the length and head dim of `x` `[B, S, H, D]`, and its batch and heads or one."""
+    """ValueError unless the tables have the length and head dim of `x` `[B, S, H, D]`, its batch and heads or one."""
     have = tables.cos.shape if tables.cos.ndim == 4 else (1, tables.cos.shape[0], 1, tables.cos.shape[-1])
     if any(n not in allowed for n, allowed in zip(have, _fitting(x), strict=True)):
         raise ValueError(f"Rotation tables {tuple(tables.cos.shape)} do not fit [B, S, H, D] = {tuple(x.shape)}.")

@@ -103,7 +103,9 @@ def random(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 16), (2, 63, 3, 40), (1, 200, 2, 72), (2, 100, 1, 128), (1, 70, 1, 160)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 16), (2, 63, 3, 40), (1, 200, 2, 72), (2, 100, 1, 128), (1, 70, 1, 160)], ids=str
+)
 def test_any_length_and_head_dim(shape, dtype, assert_accurate, launched):
     q, k, v = (random(*shape, dtype=dtype) for _ in range(3))
     compare(assert_accurate, q, k, v, launched, eps=1e-4)

@@ -1,0 +1,185 @@
+"""The prologue as an operator of torch: launches the kernels of `prologue_triton`, for compile and autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import HAS_TRITON, multiprocessors
+
+if HAS_TRITON:
+    from . import prologue_triton as triton_kernels
+
+# programs for each multiprocessor that share the tokens of a backward pass; each leaves one partial weight gradient
+BACKWARD_PROGRAMS = 4
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    return x.stride(0), x.stride(1)
+
+
+def _settings(
+    q: Tensor, weight: Tensor | None, cos: Tensor | None, interleaved: bool, eps: float | None, across: bool
+) -> dict[str, Any]:
+    """What the kernels are compiled for; a row of all heads goes to 4 warps, a large one to 8."""
+    heads, dim = q.shape[2:]
+    return {
+        "D": dim, "BD": max(16, _power(dim)), "BH": _power(heads), "NORM": eps is not None,
+        "WEIGHT": eps is not None and weight is not None, "ACROSS": across, "ROPE": cos is not None,
+        "PAIRED": interleaved or cos is None, "PER_HEAD": cos is not None and cos.ndim == 4 and cos.shape[2] > 1,
+        "num_warps": 4 if heads * dim <= 4096 else 8,
+    }  # fmt: skip
+
+
+def _tables(cos: Tensor | None, sin: Tensor | None, like: Tensor) -> tuple[Any, ...]:
+    """cos, sin and their strides over batch, tokens and heads (0 where shared); `like` stands in for none."""
+    if cos is None or sin is None:
+        return like, like, (0, 0, 0)
+    if sin.stride() != cos.stride() or cos.stride(-1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    if cos.ndim == 2:
+        return cos, sin, (0, cos.stride(0), 0)
+    batch, tokens, heads, _ = cos.stride()
+    return cos, sin, (batch if cos.shape[0] > 1 else 0, tokens, heads)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor | None, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, text_q_weight: Tensor | None, text_k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
+    text_first: bool, turn_first: int, turn_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k and v of the whole sequence; v is empty where none was given."""
+    batch, image, heads, dim = q.shape
+    text = 0 if text_q is None else text_q.shape[1]
+    settings = _settings(q, q_weight, cos, interleaved, eps, across_heads)
+    cos, sin, table_strides = _tables(cos, sin, q)
+    out_q, out_k = (torch.empty((batch, text + image, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in (q, k))
+    out_v = torch.empty_like(out_k) if v is not None else q.new_empty(0)
+    words = (q, k, q) if text_q is None else (text_q, text_k, text_v)
+    weights = [w if w is not None else q for w in (q_weight, k_weight, text_q_weight, text_k_weight)]
+    triton_kernels.prologue_kernel[(text + image, batch)](
+        q, k, q if v is None else v, words[0], words[1], q if v is None else words[2], *weights, cos, sin,
+        out_q, out_k, out_v, image, text, heads, k.shape[2], text if text_first else 0, 0 if text_first else image,
+        turn_first, turn_tokens, 0.0 if eps is None else eps,
+        *_strides(q), *_strides(k), *_strides(words[0]), *_strides(words[1]), *table_strides,
+        **settings, VALUES=v is not None,
+    )  # fmt: skip
+    return out_q, out_k, out_v
+
+
+def backward(
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
+    at: int, turn_first: int, turn_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and their weights, for the text or the image, which begins at `at` in the joint sequence."""
+    batch, tokens, heads, dim = q.shape
+    settings = _settings(q, q_weight, cos, interleaved, eps, across_heads)
+    cos, sin, table_strides = _tables(cos, sin, q)
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    chunk = -(-tokens * batch // (BACKWARD_PROGRAMS * multiprocessors(q.device)))
+    parts = -(-tokens // chunk)
+    partial = torch.zeros((batch * parts, 2, heads, dim) if settings["WEIGHT"] else (0,), device=q.device)
+    weights = [w if w is not None else q for w in (q_weight, k_weight)]
+    triton_kernels.prologue_backward_kernel[(parts, batch)](
+        q, k, *weights, grad_q, grad_k, cos, sin, dq, dk, partial,
+        tokens, chunk, heads, k.shape[2], at, turn_first, turn_tokens, 0.0 if eps is None else eps,
+        *_strides(q), *_strides(k), *_strides(grad_q), *_strides(grad_k), *table_strides, **settings, STAGES=2,
+    )  # fmt: skip
+    if not settings["WEIGHT"]:
+        return dq, dk, q.new_empty(0), q.new_empty(0)
+    total = partial.sum(0) if across_heads else partial.sum((0, 2))
+    dqw, dkw = total[0].flatten().to(q.dtype), total[1].flatten()[: k_weight.numel()].to(q.dtype)  # type: ignore
+    return dq, dk, dqw.clone(), dkw.clone()
+
+
+@torch.library.custom_op("linfusion::qk_norm_rope", mutates_args=())
+def prologue_op(
+    q: Tensor, k: Tensor, v: Tensor | None, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, text_q_weight: Tensor | None, text_k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
+    text_first: bool, turn_first: int, turn_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return forward(
+        q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight, cos, sin, interleaved, eps,
+        across_heads, text_first, turn_first, turn_tokens,
+    )  # fmt: skip
+
+
+@prologue_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor | None, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, text_q_weight: Tensor | None, text_k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
+    text_first: bool, turn_first: int, turn_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens = q.shape[1] + (0 if text_q is None else text_q.shape[1])
+    out_q, out_k = (x.new_empty((x.shape[0], tokens, *x.shape[2:])) for x in (q, k))
+    return out_q, out_k, q.new_empty(0) if v is None else torch.empty_like(out_k)
+
+
+@torch.library.custom_op("linfusion::qk_norm_rope_backward", mutates_args=())
+def prologue_backward_op(
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
+    at: int, turn_first: int, turn_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return backward(
+        grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, interleaved, eps, across_heads, at, turn_first, turn_tokens
+    )
+
+
+@prologue_backward_op.register_fake
+def _(
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
+    at: int, turn_first: int, turn_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    weighted = eps is not None and q_weight is not None
+    dqw, dkw = (
+        w.new_empty(w.shape, dtype=q.dtype) if weighted and w is not None else q.new_empty(0)
+        for w in (q_weight, k_weight)
+    )
+    return dq, dk, dqw, dkw
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, interleaved, eps, across, ctx.text_first, first, tokens = inputs
+    q, k, v, text_q, text_k, text_v, *rest = tensors
+    ctx.save_for_backward(q, k, text_q, text_k, *rest)
+    ctx.settings = (interleaved, eps, across)
+    ctx.turns = (first, tokens)
+    ctx.has_values = v is not None
+
+
+def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, text_q, text_k, qw, kw, tqw, tkw, cos, sin = ctx.saved_tensors
+    grad_q, grad_k = (g if _rows(g) else g.contiguous() for g in (grad_q, grad_k))
+    image, text = q.shape[1], 0 if text_q is None else text_q.shape[1]
+    image_at, text_at = (text, 0) if ctx.text_first else (0, image)
+
+    def part(q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, at: int) -> tuple[Tensor | None, ...]:
+        dq, dk, dqw, dkw = prologue_backward_op(grad_q, grad_k, q, k, qw, kw, cos, sin, *ctx.settings, at, *ctx.turns)
+        return dq, dk, dqw if dqw.numel() else None, dkw if dkw.numel() else None
+
+    dq, dk, dqw, dkw = part(q, k, qw, kw, image_at)
+    dtq, dtk, dtqw, dtkw = part(text_q, text_k, tqw, tkw, text_at) if text else (None,) * 4
+    dv = grad_v[:, image_at : image_at + image] if ctx.has_values else None
+    dtv = grad_v[:, text_at : text_at + text] if ctx.has_values and text else None
+    return dq, dk, dv, dtq, dtk, dtv, dqw, dkw, dtqw, dtkw, *(None,) * 8
+
+
+def _rows(x: Tensor) -> bool:
+    """Whether heads and channels of `[B, S, H, D]` lie side by side, as the kernels need."""
+    return x.stride(3) == 1 and x.stride(2) == x.shape[3]
+
+
+prologue_op.register_autograd(_backward, setup_context=_setup)

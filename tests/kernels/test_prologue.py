@@ -1,0 +1,199 @@
+"""qk_norm_rope: the specification against the formulas written out, and the kernels in Triton's interpreter."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from linfusion.kernels import RopeTables, qk_norm_rope, reference
+from linfusion.kernels.backend import interpreted
+from linfusion.kernels.prologue_launch import prologue_op
+
+from .test_linear import tables
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def spelled_out(x, weight, eps, angle=None):
+    """Norm over the last axis, then every pair (2i, 2i + 1) as a complex number times exp(i angle)."""
+    x = x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+    if angle is None:
+        return x
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def test_specification():
+    q, k, v, tq, tk, tv = (torch.randn(2, n, 3, 8, dtype=torch.float64) for n in (5, 5, 5, 4, 4, 4))
+    weights = tuple(torch.rand(8, dtype=torch.float64) for _ in range(4))
+    angle = torch.rand(9, 4, dtype=torch.float64)
+    both = angle.repeat_interleave(2, 1)
+    rope = RopeTables(both.cos(), both.sin())
+    got = qk_norm_rope(
+        q, k, v, eps=1e-3, weights=weights[:2], text=(tq, tk, tv), text_weights=weights[2:], rope=rope
+    )  # fmt: skip
+    for out, image, words, w, tw in ((got[0], q, tq, weights[0], weights[2]), (got[1], k, tk, weights[1], weights[3])):
+        want = torch.cat(
+            (spelled_out(words, tw, 1e-3, angle[:4, None]), spelled_out(image, w, 1e-3, angle[4:, None])), 1
+        )
+        torch.testing.assert_close(out, want)
+    torch.testing.assert_close(got[2], torch.cat((tv, v), 1))
+    # text behind the image, only the image turns
+    rope = RopeTables(both[:5].cos(), both[:5].sin())
+    out = qk_norm_rope(q, k, eps=1e-3, weights=weights[:2], text=(tq, tk, None), rope=rope, text_first=False)[0]
+    want = torch.cat((spelled_out(q, weights[0], 1e-3, angle[:5, None]), spelled_out(tq, weights[0], 1e-3)), 1)
+    torch.testing.assert_close(out, want)
+    # one norm over all heads
+    weights = tuple(torch.rand(24, dtype=torch.float64) for _ in range(2))
+    out = qk_norm_rope(q, k, eps=1e-3, weights=weights, across_heads=True)[1]
+    torch.testing.assert_close(out, spelled_out(k.flatten(2), weights[1], 1e-3).unflatten(-1, (3, 8)))
+
+
+CASES = {
+    "FLUX, double": {"text": True, "own_weights": True, "rope": "joint"},
+    "FLUX, single": {"rope": "joint"},
+    "SD3.5": {"text": True, "own_weights": True, "text_first": False},
+    "HunyuanVideo": {"text": True, "own_weights": True, "text_first": False, "rope": "image"},
+    "Wan": {"across": True, "rope": "joint"},
+    "LTX": {"across": True, "rope": "per head"},
+    "grouped heads": {"rope": "per sample", "kv_heads": 2},
+    "halves": {"rope": "halves"},
+    "norm alone": {},
+    "rotation alone": {"rope": "joint", "eps": None},
+    "no weight": {"weights": False},
+    "image first, text before it turns": {"rope": "text", "text": True},
+}
+
+
+def build(case, dtype, dim=24, heads=6, image=7, words=5):
+    kv_heads = case.get("kv_heads", heads)
+    count = (dim, dim) if not case.get("across") else (heads * dim, kv_heads * dim)
+    q, k, v = (random(2, image, h, dim, dtype=dtype) for h in (heads, kv_heads, kv_heads))
+    tensors = {"q": q, "k": k, "v": v}
+    if case.get("text"):
+        tensors |= {f"text_{n}": random(2, words, *x.shape[2:], dtype=dtype) for n, x in (("q", q), ("k", k), ("v", v))}
+    names = () if not case.get("weights", True) or case.get("eps", 0) is None else ("q_weight", "k_weight")
+    if case.get("own_weights"):
+        names += ("text_q_weight", "text_k_weight")
+    tensors |= {n: 1 + 0.3 * random(count["k" in n.split("_")], dtype=dtype) for n in names}
+    tokens = image + words * bool(case.get("text"))
+    kind = case.get("rope")
+    settings = {"eps": case.get("eps", 1e-3), "across_heads": bool(case.get("across"))}
+    settings |= {"text_first": case.get("text_first", True)}
+    rope = None
+    if kind is not None:
+        length = {"image": image, "text": words}.get(kind, tokens)
+        cos, sin, pairs = tables(length, dim, kind != "halves")
+        if kind == "per head":
+            cos, sin = (torch.stack([x.roll(h, 0) for h in range(heads)], 1)[None] for x in (cos, sin))
+        if kind == "per sample":
+            cos, sin = (torch.stack((x, x.roll(1, 0)))[:, :, None] for x in (cos, sin))
+        rope = RopeTables(cos.float().to(DEVICE), sin.float().to(DEVICE), pairs)
+    return tensors, settings, rope
+
+
+def call(function, t, settings, rope):
+    weights = (t["q_weight"], t["k_weight"]) if "q_weight" in t else None
+    own = (t["text_q_weight"], t["text_k_weight"]) if "text_q_weight" in t else None
+    text = (t["text_q"], t["text_k"], t["text_v"]) if "text_q" in t else None
+    return function(t["q"], t["k"], t["v"], weights=weights, text=text, text_weights=own, rope=rope, **settings)
+
+
+def eager(q, k, v, *, eps, weights, across_heads, rope, text, text_weights, text_first):
+    """As hosts do it: each step rounded to the dtype, but for the sum of squares and the rotation."""
+
+    def norm(x, w):
+        if eps is None:
+            return x
+        flat = x.flatten(2) if across_heads else x
+        y = (flat.float() * torch.rsqrt(flat.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return (y if w is None else y * w).reshape(x.shape)
+
+    weights = weights or (None, None)
+    parts = [norm(x, w) for x, w in zip((q, k), weights, strict=True)] + [v]
+    if text is not None:
+        words = [norm(x, w) for x, w in zip(text, text_weights or weights, strict=False)] + [text[2]]
+        parts = [torch.cat((t, x) if text_first else (x, t), 1) for t, x in zip(words, parts, strict=True)]
+    return reference.qk_norm_rope(*parts, rope=rope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", list(CASES))
+def test_kernels(case, dtype, assert_accurate, monkeypatch):
+    pytest.importorskip("triton")
+    if DEVICE == "cpu" and dtype is torch.bfloat16:
+        dtype = torch.float32  # the interpreter is not used for bf16: then this is the same as fp32
+    from linfusion.kernels import prologue_triton
+
+    seen = []
+
+    class Seen:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            seen.append(self.kernel)
+            return self.kernel[grid]
+
+    for name in ("prologue_kernel", "prologue_backward_kernel"):
+        monkeypatch.setattr(prologue_triton, name, Seen(getattr(prologue_triton, name)))
+    dim = 32 if case == "halves" else 24
+    tensors, settings, rope = build(CASES[case], dtype, dim)
+    tensors = {n: x.requires_grad_() for n, x in tensors.items()}
+    grads, results = None, []
+    for function, convert in ((qk_norm_rope, 0), (eager, 0), (reference.qk_norm_rope, 1)):
+        t, turn = tensors, rope
+        if convert:
+            t = {n: x.detach().double().requires_grad_() for n, x in tensors.items()}
+            turn = None if rope is None else RopeTables(rope.cos.double(), rope.sin.double(), rope.interleaved)
+        with interpreted() if function is qk_norm_rope else nullcontext():
+            outs = call(function, t, settings, turn)
+            grads = grads or [torch.randn_like(o) for o in outs]
+            back = torch.autograd.grad(
+                outs, list(t.values()), [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)]
+            )
+        results.append([o.detach() for o in outs] + list(back))
+    assert len(set(map(id, seen))) == 2, "the kernels did not run"
+    for name, *values in zip(("out q", "out k", "out v", *(f"d {n}" for n in tensors)), *results, strict=True):
+        assert_accurate(name, *values)
+
+
+def test_strided_parts_and_no_gradient():
+    pytest.importorskip("triton")
+    fused = random(2, 9, 3 * 48)
+    q, k, v = (x.unflatten(-1, (2, 24)) for x in fused.chunk(3, -1))
+    text = tuple(x.unflatten(-1, (2, 24)) for x in random(2, 4, 3 * 48).chunk(3, -1))
+    want = reference.qk_norm_rope(q, k, v, eps=1e-6, text=text)
+    with interpreted():
+        for a, b in zip(qk_norm_rope(q, k, v, eps=1e-6, text=text), want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_operator():
+    pytest.importorskip("triton")
+    tensors, settings, rope = build(CASES["FLUX, double"], torch.float32)
+    arguments = [
+        tensors[n].requires_grad_()
+        for n in ("q", "k", "v", "text_q", "text_k", "text_v", "q_weight", "k_weight", "text_q_weight", "text_k_weight")
+    ]
+    torch.library.opcheck(prologue_op, (*arguments, rope.cos, rope.sin, True, 1e-3, False, True, 0, 12))
+    bare = (*arguments[:2], *(None,) * 10, True, 1e-3, False, True, 0, 0)
+    torch.library.opcheck(prologue_op, bare)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"weights": (torch.ones(3), torch.ones(8))}, "weight must be"),
+    ({"rope": RopeTables(torch.ones(9, 8), torch.ones(9, 8))}, "do not fit"),
+    ({"rope": RopeTables(torch.ones(5, 6), torch.ones(5, 6))}, "do not fit"),
+    ({"text": (torch.ones(2, 3, 3, 8),) * 2 + (None,)}, "go together"),
+    ({"text": (torch.ones(2, 3, 2, 8),) * 3}, "text's q"),
+    ({"text_weights": (torch.ones(8),) * 2}, "text_weights"),
+])  # fmt: skip
+def test_wrong_input(change, message):
+    q, k, v = (torch.randn(2, 5, 3, 8) for _ in range(3))
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rope(q, k, v, eps=1e-6, **change)
