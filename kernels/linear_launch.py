@@ -30,9 +30,9 @@ class Blocks(NamedTuple):
 # by kernel and padded head dim, for 16-bit inputs; measured on an H100 (bench/NOTES.md)
 BLOCKS = {
     "state": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 8, 3, 2), 256: Blocks(32, 8, 2, 2)},
-    "output": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 8, 3, 2), 256: Blocks(32, 8, 2, 2)},
-    "query_backward": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 8, 2, 1), 256: Blocks(16, 8, 2, 1)},
-    "key_backward": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 8, 2, 2), 256: Blocks(16, 8, 2, 1)},
+    "output": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 4, 3, 2), 256: Blocks(32, 8, 2, 2)},
+    "query_backward": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 4, 2, 2), 256: Blocks(16, 8, 1, 1)},
+    "key_backward": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 4, 2, 2), 256: Blocks(16, 8, 1, 1)},
 }
 
 
@@ -56,13 +56,18 @@ def chunks(tokens: int, heads: int, block: Blocks, most: float, device: torch.de
     return -(-tokens // length), length
 
 
-def _constants(x: Tensor, block: Blocks) -> dict[str, Any]:
+def _constants(x: Tensor, block: Blocks, *read: Tensor) -> dict[str, Any]:
     dim = padded(x.shape[-1])
     tile = min(dim, (128 if dim <= 128 else 64) * 2 // x.element_size()) if dim > 64 else dim
     return {
         "D": x.shape[-1], "BD": dim, "BV": tile, "BS": block.tokens,
-        "STAGES": block.stages, "num_warps": block.warps,
+        "STAGES": block.stages, "ALIGN": _alignment(x, *read), "num_warps": block.warps,
     }  # fmt: skip
+
+
+def _alignment(*read: Tensor) -> int:
+    """How many channels can be read at once: 8 where heads and rows begin at multiples of 8 (D 40 and 72, too)."""
+    return 8 if all(n % 8 == 0 for x in read for n in (x.shape[-1], *x.stride()[:-1], x.storage_offset())) else 1
 
 
 def _tiles(constants: dict[str, Any]) -> int:
@@ -103,11 +108,11 @@ def forward(
     scratch = SCRATCH * both / (4 * (dim + 2) * dim * batch * kv_heads)
     parts, chunk = chunks(length, batch * kv_heads, block, scratch, q.device)
     records = torch.empty((batch * kv_heads, parts, dim + 2, dim), dtype=torch.float32, device=q.device)
-    constants = _constants(k, block)
+    constants = _constants(k, block, v)
     triton_kernels.state_kernel[(parts, batch * kv_heads, _tiles(constants))](
         k, v, weight, count, cos, sin, records, length, chunk, kv_heads,
-        *k.stride()[:3], *v.stride()[:3], *weight_strides, *table_strides,
-        **constants, PHI=feature_map, ROPE=kind, WEIGHTED=weighted, AFFINE=affine,
+        *k.stride()[:3], *v.stride()[:3], *weight_strides, 0, *table_strides,
+        **constants, PHI=feature_map, ROPE=kind, PLANES=int(weighted), AFFINE=affine,
     )  # fmt: skip
     if parts > READ_TOGETHER:
         records, parts = records.sum(1, keepdim=True), 1
@@ -118,7 +123,7 @@ def forward(
     triton_kernels.output_kernel[(pieces, batch * heads, _tiles(constants))](
         q, records, cos, sin, out, tokens, chunk, heads, heads // kv_heads, parts, eps, scale,
         *q.stride()[:3], *out.stride()[:3], *table_strides,
-        **constants, PHI=feature_map, ROPE=kind, NORMALIZE=normalize,
+        **constants, PHI=feature_map, ROPE=kind, NORMALIZE=normalize, SCALED=scale != 1.0,
     )  # fmt: skip
     return out, records
 
@@ -139,28 +144,41 @@ def backward(
         grad = grad.contiguous()
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    affine = normalize in ("inline", "mala")
+    parts_of_q = torch.empty((3 if affine else 2, *q.shape[:3]), dtype=torch.float32, device=q.device)
+    plane = q.numel() // dim
     block = blocks("query_backward", q)
-    constants = _constants(q, block)
-    both = (q.numel() * 3 + k.numel() * 4) * q.element_size()
-    scratch = SCRATCH * both / (4 * (dim + 2) * dim * batch * heads)
+    constants = _constants(q, block, grad)
+    pieces, chunk = chunks(tokens, batch * heads, block, tokens, q.device)
+    triton_kernels.query_backward_kernel[(pieces, batch * heads)](
+        q, grad, records, cos, sin, dq, parts_of_q, tokens, chunk, heads, heads // kv_heads, eps, scale, plane,
+        *q.stride()[:3], *grad.stride()[:3], *table_strides,
+        **constants, PHI=feature_map, ROPE=kind, NORMALIZE=normalize, SCALED=scale != 1.0,
+    )  # fmt: skip
+    block = blocks("state", q)
+    constants = _constants(q, block, grad)
+    scratch = SCRATCH * (3 * q.numel() + 4 * k.numel()) * q.element_size() / (4 * (dim + 2) * dim * batch * heads)
     parts, chunk = chunks(tokens, batch * heads, block, scratch, q.device)
     partial = torch.empty((batch * heads, parts, dim + 2, dim), dtype=torch.float32, device=q.device)
-    triton_kernels.query_backward_kernel[(parts, batch * heads, _tiles(constants))](
-        q, grad, records, cos, sin, dq, partial, tokens, chunk, heads, heads // kv_heads, eps, scale,
-        *q.stride()[:3], *grad.stride()[:3], *table_strides,
-        **constants, PHI=feature_map, ROPE=kind, NORMALIZE=normalize,
+    triton_kernels.state_kernel[(parts, batch * heads, _tiles(constants))](
+        q, grad, parts_of_q, q, cos, sin, partial, tokens, chunk, heads,
+        *q.stride()[:3], *grad.stride()[:3], *parts_of_q.stride()[1:], plane, *table_strides,
+        **constants, PHI=feature_map, ROPE=kind, PLANES=3, AFFINE=affine,
     )  # fmt: skip
     # query heads that share a key head lie side by side, so their partial records are one list
     parts *= heads // kv_heads
+    partial = partial.view(batch * kv_heads, parts, dim + 2, dim)
     if parts > READ_TOGETHER:
-        partial, parts = partial.view(batch * kv_heads, parts, dim + 2, dim).sum(1), 1
+        partial, parts = partial.sum(1, keepdim=True), 1
+    if scale != 1.0:
+        partial[:, :, : dim + 1] *= scale
     block = blocks("key_backward", k)
-    constants = _constants(k, block)
+    constants = _constants(k, block, v)
     pieces, chunk = chunks(length, batch * kv_heads, block, length, q.device)
     triton_kernels.key_backward_kernel[(pieces, batch * kv_heads)](
         k, v, weight, count, partial, cos, sin, dk, dv, length, chunk, kv_heads, parts,
         *k.stride()[:3], *v.stride()[:3], *weight_strides, *table_strides,
-        **constants, PHI=feature_map, ROPE=kind, WEIGHTED=weighted, AFFINE=normalize in ("inline", "mala"),
+        **constants, PHI=feature_map, ROPE=kind, WEIGHTED=weighted, AFFINE=affine,
     )  # fmt: skip
     return dq, dk, dv
 

@@ -5,35 +5,69 @@ mean(phi(k)), then the row mean(v). Programs that share a head leave partial rec
 `bench/NOTES.md` has the arithmetic behind the block sizes.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 
+# PTX's exponential that flushes denormal results, which `tl.exp` spends three more instructions on
+FLUSHING_EXP = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+
+
 @triton.jit
-def _features(x, ok, PHI: tl.constexpr):
-    """phi of fp32 `[BS, BD]`; zero where not `ok`: what pads a head or a sequence must add nothing."""
+def _exp(x):
+    if FLUSHING_EXP:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def _load(X, at, stride, rows, cols, left, D: tl.constexpr, ZEROS: tl.constexpr):
+    """Rows `[BS, BD]` from token `at` on, `left` of which there are. Past the end come zeros, or else the last row
+    again: a mask costs more than it is worth where nothing is made of those rows."""
+    if not ZEROS:
+        rows = tl.minimum(rows, left - 1)
+    place = X + at * stride + (rows[:, None] * stride + cols[None, :])
+    if D < cols.shape[0]:
+        x = tl.load(place, mask=(rows < left)[:, None] & (cols < D)[None, :], other=0.0)
+    elif ZEROS:
+        x = tl.load(place, mask=(rows < left)[:, None], other=0.0)
+    else:
+        x = tl.load(place)
+    return x
+
+
+@triton.jit
+def _features(x, cols, D: tl.constexpr, PHI: tl.constexpr):
+    """phi of `[BS, BD]` in fp32. Rows and channels that pad a block are not zero: what they meet has to be."""
+    x = x.to(tl.float32)
     if PHI == "elu1":
-        y = tl.where(x > 0, x + 1.0, tl.exp(x))
+        y = tl.where(x > 0, x + 1.0, _exp(x))
     elif PHI == "relu":
         y = tl.maximum(x, 0.0)
     elif PHI == "relu_eps":
         y = tl.maximum(x, 0.0) + 1e-6
     elif PHI == "softmax":
-        x = tl.where(ok, x, -1e30)
-        y = tl.exp(x - tl.max(x, 1)[:, None])
+        x = tl.where((cols < D)[None, :], x, float("-inf"))
+        y = _exp(x - tl.max(x, 1)[:, None])
         y = y / tl.sum(y, 1)[:, None]
     else:
         y = x
-    return tl.where(ok, y, 0.0)
+    return y
 
 
 @triton.jit
-def _features_backward(grad, x, y, PHI: tl.constexpr):
-    """The gradient of x from that of y = phi(x)."""
+def _features_backward(grad, y, PHI: tl.constexpr):
+    """The gradient of x from that of y = phi(x); y alone tells the slope."""
     if PHI == "elu1":
-        out = grad * tl.where(x > 0, 1.0, y)
-    elif PHI == "relu" or PHI == "relu_eps":
-        out = tl.where(x > 0, grad, 0.0)
+        out = grad * tl.minimum(y, 1.0)
+    elif PHI == "relu":
+        out = tl.where(y > 0, grad, 0.0)
+    elif PHI == "relu_eps":
+        out = tl.where(y > 1e-6, grad, 0.0)
     elif PHI == "softmax":
         out = y * (grad - tl.sum(grad * y, 1)[:, None])
     else:
@@ -86,8 +120,18 @@ def _turn(x, cos, sin, BS: tl.constexpr, BD: tl.constexpr, ROPE: tl.constexpr):
 
 @triton.jit
 def _dot(a, b):
-    # fp32 by three tf32 products: within rounding of fp32, on the matrix units
-    return tl.dot(a, b, input_precision="tf32x3", out_dtype=tl.float32)
+    return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def _column(x):
+    """A vector as the first of 16 columns: sums cost least as one more product."""
+    return tl.where((tl.arange(0, 16) == 0)[None, :], x.to(tl.float32)[:, None], 0.0)
+
+
+@triton.jit
+def _from_column(x):
+    return tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], x, 0.0), 1)
 
 
 @triton.jit
@@ -105,65 +149,75 @@ def _epilogue(t, eps, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def _epilogue_backward(t, eps, dalpha, dbeta, NORMALIZE: tl.constexpr):
+def _epilogue_backward(alpha, dalpha, dbeta, NORMALIZE: tl.constexpr):
     """The gradient of t from those of both factors."""
-    if NORMALIZE == "divide" or NORMALIZE == "mala":
-        dt = -dalpha / ((t + eps) * (t + eps))
-        if NORMALIZE == "mala":
-            dt -= dbeta
+    if NORMALIZE == "divide":
+        dt = -dalpha * alpha * alpha
+    elif NORMALIZE == "mala":
+        dt = -dalpha * (alpha - 1.0) * (alpha - 1.0) - dbeta
     elif NORMALIZE == "inline":
         dt = -dbeta
     else:
-        dt = t * 0.0
+        dt = dalpha * 0.0
     return dt
 
 
 @triton.jit
 def state_kernel(
     K, V, W, COUNT, COS, SIN, OUT, tokens, chunk, heads,
-    kb, ks, kh, vb, vs, vh, wb, ws, wh, cb, cs, ch,
+    kb, ks, kh, vb, vs, vh, wb, ws, wh, wp, cb, cs, ch,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
-    PHI: tl.constexpr, ROPE: tl.constexpr, WEIGHTED: tl.constexpr, AFFINE: tl.constexpr,
+    ALIGN: tl.constexpr, PHI: tl.constexpr, ROPE: tl.constexpr, PLANES: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """A partial record of `chunk` keys and values: grid (chunks, B * heads, tiles of v's channels)."""
+    """A partial record of `chunk` keys and values: grid (chunks, B * heads, tiles of v's channels).
+
+    `W` weights phi(k) in all sums where it has one plane, and the means are over `COUNT` keys. The three planes that
+    `query_backward_kernel` leaves weight phi, then the sum of phi besides, and the sum of v; there the sums stay sums.
+    """
     part, bh, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows, cols, vcols = tl.arange(0, BS), tl.arange(0, BD), tile * BV + tl.arange(0, BV)
+    kb, ks, kh = tl.multiple_of(kb, ALIGN), tl.multiple_of(ks, ALIGN), tl.multiple_of(kh, ALIGN)
+    vb, vs, vh = tl.multiple_of(vb, ALIGN), tl.multiple_of(vs, ALIGN), tl.multiple_of(vh, ALIGN)
     K += b * kb + h * kh
     V += b * vb + h * vh
     COS += b * cb + h * ch
     SIN += b * cb + h * ch
     state = tl.zeros((BD, BV), tl.float32)
-    ksum = tl.zeros((BD,), tl.float32)
+    ksum = tl.zeros((BD, 16), tl.float32)
     vsum = tl.zeros((BV,), tl.float32)
     first = part * chunk
     for i in tl.range(0, tl.cdiv(tl.minimum(chunk, tokens - first), BS), num_stages=STAGES):
         start = first + i * BS
-        at = start.to(tl.int64)
-        there = start + rows < tokens
-        ok = there[:, None] & (cols < D)[None, :]
-        k = tl.load(K + at * ks + (rows[:, None] * ks + cols[None, :]), mask=ok, other=0.0)
-        v = tl.load(
-            V + at * vs + (rows[:, None] * vs + vcols[None, :]), mask=there[:, None] & (vcols < D)[None, :], other=0.0
-        )
-        phi = _features(k.to(tl.float32), ok, PHI)
-        if WEIGHTED:
-            w = tl.load(W + b * wb + h * wh + (at + rows) * ws, mask=there, other=0.0).to(tl.float32)
+        at, left = start.to(tl.int64), tokens - start
+        k = _load(K, at, ks, rows, cols, left, D, True)
+        v = _load(V, at, vs, rows, vcols, left, D, True)
+        phi = _features(k, cols, D, PHI)
+        w = tl.where(rows < left, 1.0, 0.0)
+        once = w
+        if PLANES > 0:
+            place = W + b * wb + h * wh + (at + rows) * ws
+            w = tl.load(place, mask=rows < left, other=0.0).to(tl.float32)
             phi = phi * w[:, None]
-        ksum += tl.sum(phi, 0)
+        if PLANES == 3:
+            once = tl.load(place + wp, mask=rows < left, other=0.0)
+            w = tl.load(place + 2 * wp, mask=rows < left, other=0.0)
         if AFFINE:
-            if WEIGHTED:
-                vsum += tl.sum(v.to(tl.float32) * w[:, None], 0)
-            else:
-                vsum += tl.sum(v.to(tl.float32), 0)
+            vsum += tl.sum(v.to(tl.float32) * w[:, None], 0)
         cos, sin = _angles(COS, SIN, cs, start, tokens, D, BS, BD, ROPE)
-        phi = _turn(phi, cos, sin, BS, BD, ROPE)
-        state += _dot(tl.trans(phi.to(v.dtype)), v)
-    mean = 1.0 / tl.load(COUNT + b) if WEIGHTED else 1.0 / tokens
+        turned = _turn(phi, cos, sin, BS, BD, ROPE)
+        ksum += _dot(tl.trans(phi.to(v.dtype)), _column(once).to(v.dtype))
+        state += _dot(tl.trans(turned.to(v.dtype)), v)
+    if PLANES == 0:
+        mean = 1.0 / tokens
+    elif PLANES == 1:
+        mean = 1.0 / tl.load(COUNT + b)
+    else:
+        mean = 1.0
     OUT += (bh.to(tl.int64) * tl.num_programs(0) + part) * ((D + 2) * D)
     tl.store(OUT + cols[:, None] * D + vcols[None, :], state * mean, mask=(cols < D)[:, None] & (vcols < D)[None, :])
     if tile == 0:
-        tl.store(OUT + D * D + cols, ksum * mean, mask=cols < D)
+        tl.store(OUT + D * D + cols, _from_column(ksum) * mean, mask=cols < D)
     tl.store(OUT + (D + 1) * D + vcols, vsum * mean, mask=vcols < D)
 
 
@@ -195,115 +249,113 @@ def output_kernel(
     Q, R, COS, SIN, OUT, tokens, chunk, heads, group, parts, eps, scale,
     qb, qs, qh, ob, os, oh, cb, cs, ch,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
-    PHI: tl.constexpr, ROPE: tl.constexpr, NORMALIZE: tl.constexpr,
+    ALIGN: tl.constexpr, PHI: tl.constexpr, ROPE: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """`chunk` queries read their head's record: grid (chunks, B * heads, tiles of v's channels)."""
     part, bh, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows, cols, vcols = tl.arange(0, BS), tl.arange(0, BD), tile * BV + tl.arange(0, BV)
+    qb, qs, qh = tl.multiple_of(qb, ALIGN), tl.multiple_of(qs, ALIGN), tl.multiple_of(qh, ALIGN)
+    ob, os, oh = tl.multiple_of(ob, ALIGN), tl.multiple_of(os, ALIGN), tl.multiple_of(oh, ALIGN)
     Q += b * qb + h * qh
     OUT += b * ob + h * oh
     COS += b * cb + h * ch
     SIN += b * cb + h * ch
     R += (bh // group).to(tl.int64) * parts * ((D + 2) * D)
     state, kmean = _record(R, parts, D, BD, vcols)
+    if SCALED:
+        state, kmean = state * scale, kmean * scale
     state = state.to(Q.dtype.element_ty)
     if NORMALIZE == "inline" or NORMALIZE == "mala":
         vmean = _mean_row(R, parts, D, vcols)
     first = part * chunk
     for i in tl.range(0, tl.cdiv(tl.minimum(chunk, tokens - first), BS), num_stages=STAGES):
         start = first + i * BS
-        at = start.to(tl.int64)
-        there = start + rows < tokens
-        ok = there[:, None] & (cols < D)[None, :]
-        q = tl.load(Q + at * qs + (rows[:, None] * qs + cols[None, :]), mask=ok, other=0.0)
-        phi = _features(q.to(tl.float32), ok, PHI) * scale
+        at, left = start.to(tl.int64), tokens - start
+        q = _load(Q, at, qs, rows, cols, left, D, False)
+        phi = _features(q, cols, D, PHI)
         alpha, beta = _epilogue(tl.sum(phi * kmean[None, :], 1), eps, NORMALIZE)
         cos, sin = _angles(COS, SIN, cs, start, tokens, D, BS, BD, ROPE)
-        phi = _turn(phi, cos, sin, BS, BD, ROPE)
-        out = _dot(phi.to(q.dtype), state) * alpha[:, None]
+        turned = _turn(phi, cos, sin, BS, BD, ROPE)
+        out = _dot(turned.to(q.dtype), state) * alpha[:, None]
         if NORMALIZE == "inline" or NORMALIZE == "mala":
             out += beta[:, None] * vmean[None, :]
-        tl.store(
-            OUT + at * os + (rows[:, None] * os + vcols[None, :]), out.to(q.dtype),
-            mask=there[:, None] & (vcols < D)[None, :],
-        )  # fmt: skip
+        there = (rows < left)[:, None] & (vcols < D)[None, :]
+        tl.store(OUT + at * os + (rows[:, None] * os + vcols[None, :]), out.to(q.dtype), mask=there)
+
+
+@triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
 def query_backward_kernel(
-    Q, G, R, COS, SIN, DQ, OUT, tokens, chunk, heads, group, eps, scale,
+    Q, G, R, COS, SIN, DQ, W, tokens, chunk, heads, group, eps, scale, wp,
     qb, qs, qh, gb, gs, gh, cb, cs, ch,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
-    PHI: tl.constexpr, ROPE: tl.constexpr, NORMALIZE: tl.constexpr,
+    ALIGN: tl.constexpr, PHI: tl.constexpr, ROPE: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, and a partial record of the record's: grid (chunks, B * heads, tiles).
+    """Gradients of the queries, contiguous `[B, S, H, D]`: grid (chunks, B * heads).
 
-    Every tile needs the product over all of v's channels; the first one writes `DQ`, contiguous `[B, S, H, D]`.
+    Each query's part in the record's gradient is left to `state_kernel`, as three weights `[3, B, S, H]`: accumulating
+    it here would save reading q and the gradient again, but needs more registers than there are.
     """
-    part, bh, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, bh = tl.program_id(0), tl.program_id(1)
     AFFINE: tl.constexpr = NORMALIZE == "inline" or NORMALIZE == "mala"
     TILES: tl.constexpr = (D + BV - 1) // BV
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    rows, cols, vcols = tl.arange(0, BS), tl.arange(0, BD), tile * BV + tl.arange(0, BV)
+    rows, cols, vcols = tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BV)
+    qb, qs, qh = tl.multiple_of(qb, ALIGN), tl.multiple_of(qs, ALIGN), tl.multiple_of(qh, ALIGN)
+    gb, gs, gh = tl.multiple_of(gb, ALIGN), tl.multiple_of(gs, ALIGN), tl.multiple_of(gh, ALIGN)
     Q += b * qb + h * qh
     G += b * gb + h * gh
     COS += b * cb + h * ch
     SIN += b * cb + h * ch
     DQ += (b * tokens * heads + h) * D
+    W += b * tokens * heads + h
     R += (bh // group).to(tl.int64) * ((D + 2) * D)
-    whole, kmean = _record(R, 1, D, BD, tl.arange(0, BV))
-    whole = tl.trans(whole).to(Q.dtype.element_ty)
-    dstate = tl.zeros((BD, BV), tl.float32)
-    dkmean = tl.zeros((BD,), tl.float32)
-    dvmean = tl.zeros((BV,), tl.float32)
+    state, kmean = _record(R, 1, D, BD, vcols)
+    if SCALED:
+        state, kmean = state * scale, kmean * scale
+    state = tl.trans(state).to(Q.dtype.element_ty)
     first = part * chunk
     for i in tl.range(0, tl.cdiv(tl.minimum(chunk, tokens - first), BS), num_stages=STAGES):
         start = first + i * BS
-        at = start.to(tl.int64)
-        there = start + rows < tokens
-        ok = there[:, None] & (cols < D)[None, :]
-        q = tl.load(Q + at * qs + (rows[:, None] * qs + cols[None, :]), mask=ok, other=0.0)
-        x = q.to(tl.float32)
-        phi = _features(x, ok, PHI)
-        t = tl.sum(phi * kmean[None, :], 1) * scale
-        alpha, beta = _epilogue(t, eps, NORMALIZE)
+        at, left = start.to(tl.int64), tokens - start
+        q = _load(Q, at, qs, rows, cols, left, D, False)
+        phi = _features(q, cols, D, PHI)
         cos, sin = _angles(COS, SIN, cs, start, tokens, D, BS, BD, ROPE)
-        turned = _turn(phi * scale, cos, sin, BS, BD, ROPE)
-        product = tl.zeros((BS, BD), tl.float32)
+        turned = _turn(phi, cos, sin, BS, BD, ROPE)
         dbeta = tl.zeros((BS,), tl.float32)
-        for j in tl.static_range(TILES):
-            icols = j * BV + tl.arange(0, BV)
-            g = tl.load(
-                G + at * gs + (rows[:, None] * gs + icols[None, :]), mask=there[:, None] & (icols < D)[None, :],
-                other=0.0,
-            )  # fmt: skip
-            if TILES > 1:
-                whole = tl.trans(_record(R, 1, D, BD, icols)[0]).to(q.dtype)
-            product += _dot(g, whole)
-            if AFFINE:
-                dbeta += tl.sum(g.to(tl.float32) * _mean_row(R, 1, D, icols)[None, :], 1)
-        dt = _epilogue_backward(t, eps, tl.sum(turned * product, 1), dbeta, NORMALIZE)
-        dphi = _turn(product * alpha[:, None], cos, -sin, BS, BD, ROPE) + dt[:, None] * kmean[None, :]
-        if tile == 0:
-            dq = _features_backward(dphi * scale, x, phi, PHI)
-            place = at * heads * D + (rows[:, None] * (heads * D) + cols[None, :])
-            tl.store(DQ + place, dq.to(q.dtype), mask=ok)
         if TILES > 1:
-            g = tl.load(
-                G + at * gs + (rows[:, None] * gs + vcols[None, :]), mask=there[:, None] & (vcols < D)[None, :],
-                other=0.0,
-            )  # fmt: skip
-        wide = g.to(tl.float32)
-        dstate += _dot(tl.trans(turned.to(q.dtype)), (wide * alpha[:, None]).to(q.dtype))
-        dkmean += tl.sum(phi * (dt * scale)[:, None], 0)
+            product = tl.zeros((BS, BD), tl.float32)
+        for j in tl.static_range(TILES):
+            g = _load(G, at, gs, rows, j * BV + vcols, left, D, False)
+            if TILES > 1:
+                state, _ = _record(R, 1, D, BD, j * BV + vcols)
+                if SCALED:
+                    state = state * scale
+                state = tl.trans(state).to(q.dtype)
+                product += _dot(g, state)
+            else:
+                product = _dot(g, state)
+            if AFFINE:
+                dbeta += tl.sum(g.to(tl.float32) * _mean_row(R, 1, D, j * BV + vcols)[None, :], 1)
+        # both sums in one reduction: then phi is needed in one layout only, that of the product
+        t, dalpha = tl.reduce((phi * kmean[None, :], turned * product), 1, _add_both)
+        alpha, beta = _epilogue(t, eps, NORMALIZE)
+        dt = _epilogue_backward(alpha, dalpha, dbeta, NORMALIZE)
+        dphi = _turn(product * alpha[:, None], cos, -sin, BS, BD, ROPE) + dt[:, None] * kmean[None, :]
+        there = rows < left
+        place = at * heads * D + (rows[:, None] * (heads * D) + cols[None, :])
+        dq = _features_backward(dphi, phi, PHI).to(q.dtype)
+        tl.store(DQ + place, dq, mask=there[:, None] & (cols < D)[None, :])
+        weights = W + (at + rows) * heads
+        tl.store(weights, alpha, mask=there)
+        tl.store(weights + wp, -dalpha * alpha if NORMALIZE == "divide" else dt / alpha, mask=there)
         if AFFINE:
-            dvmean += tl.sum(wide * beta[:, None], 0)
-    OUT += (bh.to(tl.int64) * tl.num_programs(0) + part) * ((D + 2) * D)
-    tl.store(OUT + cols[:, None] * D + vcols[None, :], dstate, mask=(cols < D)[:, None] & (vcols < D)[None, :])
-    if tile == 0:
-        tl.store(OUT + D * D + cols, dkmean, mask=cols < D)
-    tl.store(OUT + (D + 1) * D + vcols, dvmean, mask=vcols < D)
+            tl.store(weights + 2 * wp, beta, mask=there)
 
 
 @triton.jit
@@ -311,13 +363,15 @@ def key_backward_kernel(
     K, V, W, COUNT, R, COS, SIN, DK, DV, tokens, chunk, heads, parts,
     kb, ks, kh, vb, vs, vh, wb, ws, wh, cb, cs, ch,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
-    PHI: tl.constexpr, ROPE: tl.constexpr, WEIGHTED: tl.constexpr, AFFINE: tl.constexpr,
+    ALIGN: tl.constexpr, PHI: tl.constexpr, ROPE: tl.constexpr, WEIGHTED: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values, contiguous `[B, S, heads, D]`, from the record's: grid (chunks, B * heads)."""
     part, bh = tl.program_id(0), tl.program_id(1)
     TILES: tl.constexpr = (D + BV - 1) // BV
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows, cols = tl.arange(0, BS), tl.arange(0, BD)
+    kb, ks, kh = tl.multiple_of(kb, ALIGN), tl.multiple_of(ks, ALIGN), tl.multiple_of(kh, ALIGN)
+    vb, vs, vh = tl.multiple_of(vb, ALIGN), tl.multiple_of(vs, ALIGN), tl.multiple_of(vh, ALIGN)
     K += b * kb + h * kh
     V += b * vb + h * vh
     COS += b * cb + h * ch
@@ -328,40 +382,38 @@ def key_backward_kernel(
     mean = 1.0 / tl.load(COUNT + b) if WEIGHTED else 1.0 / tokens
     state, dkmean = _record(R, parts, D, BD, tl.arange(0, BV))
     dstate = (state * mean).to(K.dtype.element_ty)
+    dkmean *= mean
     first = part * chunk
     for i in tl.range(0, tl.cdiv(tl.minimum(chunk, tokens - first), BS), num_stages=STAGES):
         start = first + i * BS
-        at = start.to(tl.int64)
-        there = start + rows < tokens
-        ok = there[:, None] & (cols < D)[None, :]
-        k = tl.load(K + at * ks + (rows[:, None] * ks + cols[None, :]), mask=ok, other=0.0)
-        x = k.to(tl.float32)
-        phi = _features(x, ok, PHI)
+        at, left = start.to(tl.int64), tokens - start
+        k = _load(K, at, ks, rows, cols, left, D, False)
+        phi = _features(k, cols, D, PHI)
+        w = tl.zeros((BS,), tl.float32) + 1.0
         weighted = phi
         if WEIGHTED:
-            w = tl.load(W + b * wb + h * wh + (at + rows) * ws, mask=there, other=0.0).to(tl.float32)
+            w = tl.load(W + b * wb + h * wh + (at + rows) * ws, mask=rows < left, other=0.0).to(tl.float32)
             weighted = phi * w[:, None]
         cos, sin = _angles(COS, SIN, cs, start, tokens, D, BS, BD, ROPE)
         turned = _turn(weighted, cos, sin, BS, BD, ROPE).to(k.dtype)
         place = at * heads * D + rows[:, None] * (heads * D)
-        product = tl.zeros((BS, BD), tl.float32)
+        if TILES > 1:
+            product = tl.zeros((BS, BD), tl.float32)
         for j in tl.static_range(TILES):
             icols = j * BV + tl.arange(0, BV)
-            iok = there[:, None] & (icols < D)[None, :]
-            v = tl.load(V + at * vs + (rows[:, None] * vs + icols[None, :]), mask=iok, other=0.0)
+            v = _load(V, at, vs, rows, icols, left, D, False)
             if TILES > 1:
                 dstate = (_record(R, parts, D, BD, icols)[0] * mean).to(k.dtype)
             dv = _dot(turned, dstate)
             if AFFINE:
-                share = mean * _mean_row(R, parts, D, icols)[None, :]
-                if WEIGHTED:
-                    dv += w[:, None] * share
-                else:
-                    dv += share
-            tl.store(DV + place + icols[None, :], dv.to(k.dtype), mask=iok)
-            product += _dot(v, tl.trans(dstate))
-        dphi = _turn(product, cos, -sin, BS, BD, ROPE) + (dkmean * mean)[None, :]
+                dv += w[:, None] * (mean * _mean_row(R, parts, D, icols))[None, :]
+            tl.store(DV + place + icols[None, :], dv.to(k.dtype), mask=(rows < left)[:, None] & (icols < D)[None, :])
+            if TILES > 1:
+                product += _dot(v, tl.trans(dstate))
+            else:
+                product = _dot(v, tl.trans(dstate))
+        dphi = _turn(product, cos, -sin, BS, BD, ROPE) + dkmean[None, :]
         if WEIGHTED:
             dphi = dphi * w[:, None]
-        dk = _features_backward(dphi, x, phi, PHI)
-        tl.store(DK + place + cols[None, :], dk.to(k.dtype), mask=ok)
+        dk = _features_backward(dphi, phi, PHI)
+        tl.store(DK + place + cols[None, :], dk.to(k.dtype), mask=(rows < left)[:, None] & (cols < D)[None, :])
