@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, multiprocessors
+from .launch import launch
 
 if HAS_TRITON:
     from . import linear_triton as triton_kernels
@@ -16,6 +19,8 @@ if HAS_TRITON:
 SCRATCH = 0.04
 # readers add up so many partial records themselves; of more, one sum is made first
 READ_TOGETHER = 4
+# epilogues that need the mean of v, too
+AFFINE = ("inline", "mala")
 
 
 class Blocks(NamedTuple):
@@ -27,51 +32,58 @@ class Blocks(NamedTuple):
     programs: int
 
 
-# by kernel and padded head dim, for 16-bit inputs; measured on an H100 (bench/NOTES.md)
+# by kernel and largest head dim, for 16-bit inputs; measured on an H100 (bench/NOTES.md)
 BLOCKS = {
-    "state": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 8, 3, 2), 256: Blocks(32, 8, 2, 2)},
-    "output": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 4, 3, 2), 256: Blocks(32, 8, 2, 2)},
-    "query_backward": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 4, 2, 2), 256: Blocks(16, 8, 1, 1)},
-    "key_backward": {64: Blocks(64, 4, 3, 4), 128: Blocks(64, 4, 2, 2), 256: Blocks(16, 8, 1, 1)},
-}
+    "state": {
+        48: Blocks(64, 4, 2, 2), 64: Blocks(128, 8, 2, 2), 128: Blocks(64, 4, 2, 2), 256: Blocks(32, 8, 1, 2),
+    },
+    "output": {
+        48: Blocks(64, 4, 3, 3), 64: Blocks(64, 4, 3, 4), 128: Blocks(64, 4, 3, 2), 256: Blocks(64, 4, 1, 2),
+    },
+    "query_backward": {
+        48: Blocks(64, 4, 3, 3), 64: Blocks(64, 4, 3, 4), 128: Blocks(32, 4, 4, 2), 256: Blocks(16, 4, 1, 2),
+    },
+    "key_backward": {
+        48: Blocks(64, 4, 3, 3), 64: Blocks(64, 4, 3, 6), 128: Blocks(32, 4, 3, 2), 256: Blocks(16, 4, 1, 2),
+    },
+}  # fmt: skip
 
 
-def padded(dim: int) -> int:
-    """The power of two that a head takes in a block."""
-    return max(16, 1 << (dim - 1).bit_length())
+class Plan(NamedTuple):
+    """How a kernel is run on tensors of one shape: its grid, tokens of a piece, and constants common to all kernels."""
+
+    grid: tuple[int, int, int]
+    chunk: int
+    settings: dict[str, Any]
 
 
-def blocks(kernel: str, x: Tensor) -> Blocks:
-    """Block sizes of a kernel for inputs like `x`; fp32 takes small ones, its products need three times the room."""
-    chosen = BLOCKS[kernel][max(64, padded(x.shape[-1]))]
-    if x.element_size() == 4:
-        chosen = chosen._replace(tokens=16, stages=1)
-    return chosen
+@functools.lru_cache(4096)
+def plan(kernel: str, shape: tuple[int, ...], wide: bool, aligned: bool, device: torch.device, budget: float) -> Plan:
+    """Cut `B * H` sequences of `shape` `[B, S, H, D]` in pieces: `budget` bytes may go to one record for each.
+
+    Args:
+        wide: fp32 takes small blocks, its products need room.
+        aligned: whether 8 channels can be read at once.
+        budget: infinite for kernels that leave no records.
+    """
+    batch, tokens, heads, dim = shape
+    block = next(sizes for most, sizes in BLOCKS[kernel].items() if dim <= most)
+    if wide:
+        block = block._replace(tokens=16, stages=1, warps=4 if dim <= 64 else 8)
+    padded = max(16, 1 << (dim - 1).bit_length())
+    tile = padded if padded <= 64 else min(padded, (128 if padded == 128 else 64) // (2 if wide else 1))
+    most = budget / (4 * (dim + 2) * dim * batch * heads)
+    wanted = max(1, int(min(block.programs * multiprocessors(device) // (batch * heads), most)))
+    chunk = -(-tokens // (wanted * block.tokens)) * block.tokens
+    settings = {"D": dim, "BD": padded, "BV": tile, "BS": block.tokens, "STAGES": block.stages}
+    settings |= {"ALIGN": 8 if aligned else 1, "num_warps": block.warps}
+    return Plan((-(-tokens // chunk), batch * heads, -(-dim // tile)), chunk, settings)
 
 
-def chunks(tokens: int, heads: int, block: Blocks, most: float, device: torch.device) -> tuple[int, int]:
-    """In how many pieces `heads` sequences are cut, at most `most`, and the length of one."""
-    wanted = max(1, min(block.programs * multiprocessors(device) // heads, int(most)))
-    length = -(-tokens // (wanted * block.tokens)) * block.tokens
-    return -(-tokens // length), length
-
-
-def _constants(x: Tensor, block: Blocks, *read: Tensor) -> dict[str, Any]:
-    dim = padded(x.shape[-1])
-    tile = min(dim, (128 if dim <= 128 else 64) * 2 // x.element_size()) if dim > 64 else dim
-    return {
-        "D": x.shape[-1], "BD": dim, "BV": tile, "BS": block.tokens,
-        "STAGES": block.stages, "ALIGN": _alignment(x, *read), "num_warps": block.warps,
-    }  # fmt: skip
-
-
-def _alignment(*read: Tensor) -> int:
-    """How many channels can be read at once: 8 where heads and rows begin at multiples of 8 (D 40 and 72, too)."""
-    return 8 if all(n % 8 == 0 for x in read for n in (x.shape[-1], *x.stride()[:-1], x.storage_offset())) else 1
-
-
-def _tiles(constants: dict[str, Any]) -> int:
-    return -(-constants["D"] // constants["BV"])
+def _plan(kernel: str, x: Tensor, *read: Tensor, budget: float = math.inf) -> Plan:
+    # heads and rows must begin at multiples of 8 channels (as with D 40 and 72, too)
+    aligned = all(n % 8 == 0 for y in (x, *read) for n in (*y.stride()[:-1], y.storage_offset()))
+    return plan(kernel, tuple(x.shape), x.element_size() == 4, aligned and x.shape[-1] % 8 == 0, x.device, budget)
 
 
 def _rope(cos: Tensor | None, sin: Tensor | None, interleaved: bool, like: Tensor) -> tuple[Any, ...]:
@@ -102,28 +114,25 @@ def forward(
     tokens, heads = q.shape[1:3]
     cos, sin, table_strides, kind = _rope(cos, sin, interleaved, q)
     weight, count, weight_strides, weighted = _weight(weight, count, q)
-    affine = normalize in ("inline", "mala")
-    block = blocks("state", k)
-    both = (q.numel() * 2 + k.numel() * 2) * q.element_size()
-    scratch = SCRATCH * both / (4 * (dim + 2) * dim * batch * kv_heads)
-    parts, chunk = chunks(length, batch * kv_heads, block, scratch, q.device)
+    budget = SCRATCH * 2 * (q.numel() + k.numel()) * q.element_size()
+    grid, chunk, settings = _plan("state", k, v, budget=budget)
+    parts = grid[0]
     records = torch.empty((batch * kv_heads, parts, dim + 2, dim), dtype=torch.float32, device=q.device)
-    constants = _constants(k, block, v)
-    triton_kernels.state_kernel[(parts, batch * kv_heads, _tiles(constants))](
-        k, v, weight, count, cos, sin, records, length, chunk, kv_heads,
-        *k.stride()[:3], *v.stride()[:3], *weight_strides, 0, *table_strides,
-        **constants, PHI=feature_map, ROPE=kind, PLANES=int(weighted), AFFINE=affine,
+    launch(
+        triton_kernels.state_kernel, grid,
+        (k, v, weight, count, cos, sin, records, length, chunk, kv_heads,
+         *k.stride()[:3], *v.stride()[:3], *weight_strides, 0, *table_strides),
+        settings | {"PHI": feature_map, "ROPE": kind, "PLANES": int(weighted), "AFFINE": normalize in AFFINE},
     )  # fmt: skip
     if parts > READ_TOGETHER:
         records, parts = records.sum(1, keepdim=True), 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    block = blocks("output", q)
-    constants = _constants(q, block)
-    pieces, chunk = chunks(tokens, batch * heads, block, tokens, q.device)
-    triton_kernels.output_kernel[(pieces, batch * heads, _tiles(constants))](
-        q, records, cos, sin, out, tokens, chunk, heads, heads // kv_heads, parts, eps, scale,
-        *q.stride()[:3], *out.stride()[:3], *table_strides,
-        **constants, PHI=feature_map, ROPE=kind, NORMALIZE=normalize, SCALED=scale != 1.0,
+    grid, chunk, settings = _plan("output", q)
+    launch(
+        triton_kernels.output_kernel, grid,
+        (q, records, cos, sin, out, tokens, chunk, heads, heads // kv_heads, parts, eps, scale,
+         *q.stride()[:3], *out.stride()[:3], *table_strides),
+        settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0},
     )  # fmt: skip
     return out, records
 
@@ -138,47 +147,44 @@ def backward(
     tokens, heads = q.shape[1:3]
     cos, sin, table_strides, kind = _rope(cos, sin, interleaved, q)
     weight, count, weight_strides, weighted = _weight(weight, count, q)
+    affine = normalize in AFFINE
     if records.shape[1] > 1:
         records = records.sum(1, keepdim=True)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    affine = normalize in ("inline", "mala")
-    parts_of_q = torch.empty((3 if affine else 2, *q.shape[:3]), dtype=torch.float32, device=q.device)
+    planes = torch.empty((3 if affine else 2, *q.shape[:3]), dtype=torch.float32, device=q.device)
     plane = q.numel() // dim
-    block = blocks("query_backward", q)
-    constants = _constants(q, block, grad)
-    pieces, chunk = chunks(tokens, batch * heads, block, tokens, q.device)
-    triton_kernels.query_backward_kernel[(pieces, batch * heads)](
-        q, grad, records, cos, sin, dq, parts_of_q, tokens, chunk, heads, heads // kv_heads, eps, scale, plane,
-        *q.stride()[:3], *grad.stride()[:3], *table_strides,
-        **constants, PHI=feature_map, ROPE=kind, NORMALIZE=normalize, SCALED=scale != 1.0,
+    grid, chunk, settings = _plan("query_backward", q, grad)
+    launch(
+        triton_kernels.query_backward_kernel, (*grid[:2], 1),
+        (q, grad, records, cos, sin, dq, planes, tokens, chunk, heads, heads // kv_heads, eps, scale, plane,
+         *q.stride()[:3], *grad.stride()[:3], *table_strides),
+        settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0},
     )  # fmt: skip
-    block = blocks("state", q)
-    constants = _constants(q, block, grad)
-    scratch = SCRATCH * (3 * q.numel() + 4 * k.numel()) * q.element_size() / (4 * (dim + 2) * dim * batch * heads)
-    parts, chunk = chunks(tokens, batch * heads, block, scratch, q.device)
-    partial = torch.empty((batch * heads, parts, dim + 2, dim), dtype=torch.float32, device=q.device)
-    triton_kernels.state_kernel[(parts, batch * heads, _tiles(constants))](
-        q, grad, parts_of_q, q, cos, sin, partial, tokens, chunk, heads,
-        *q.stride()[:3], *grad.stride()[:3], *parts_of_q.stride()[1:], plane, *table_strides,
-        **constants, PHI=feature_map, ROPE=kind, PLANES=3, AFFINE=affine,
+    budget = SCRATCH * (3 * q.numel() + 4 * k.numel()) * q.element_size()
+    grid, chunk, settings = _plan("state", q, grad, budget=budget)
+    partial = torch.empty((batch * heads, grid[0], dim + 2, dim), dtype=torch.float32, device=q.device)
+    launch(
+        triton_kernels.state_kernel, grid,
+        (q, grad, planes, q, cos, sin, partial, tokens, chunk, heads,
+         *q.stride()[:3], *grad.stride()[:3], *planes.stride()[1:], plane, *table_strides),
+        settings | {"PHI": feature_map, "ROPE": kind, "PLANES": 3, "AFFINE": affine},
     )  # fmt: skip
     # query heads that share a key head lie side by side, so their partial records are one list
-    parts *= heads // kv_heads
+    parts = grid[0] * (heads // kv_heads)
     partial = partial.view(batch * kv_heads, parts, dim + 2, dim)
     if parts > READ_TOGETHER:
         partial, parts = partial.sum(1, keepdim=True), 1
     if scale != 1.0:
         partial[:, :, : dim + 1] *= scale
-    block = blocks("key_backward", k)
-    constants = _constants(k, block, v)
-    pieces, chunk = chunks(length, batch * kv_heads, block, length, q.device)
-    triton_kernels.key_backward_kernel[(pieces, batch * kv_heads)](
-        k, v, weight, count, partial, cos, sin, dk, dv, length, chunk, kv_heads, parts,
-        *k.stride()[:3], *v.stride()[:3], *weight_strides, *table_strides,
-        **constants, PHI=feature_map, ROPE=kind, WEIGHTED=weighted, AFFINE=affine,
+    grid, chunk, settings = _plan("key_backward", k, v)
+    launch(
+        triton_kernels.key_backward_kernel, (*grid[:2], 1),
+        (k, v, weight, count, partial, cos, sin, dk, dv, length, chunk, kv_heads, parts,
+         *k.stride()[:3], *v.stride()[:3], *weight_strides, *table_strides),
+        settings | {"PHI": feature_map, "ROPE": kind, "WEIGHTED": weighted, "AFFINE": affine},
     )  # fmt: skip
     return dq, dk, dv
 

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-
 # PTX's exponential that flushes denormal results, which `tl.exp` spends three more instructions on
 FLUSHING_EXP = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
@@ -31,7 +30,7 @@ def _load(X, at, stride, rows, cols, left, D: tl.constexpr, ZEROS: tl.constexpr)
     if not ZEROS:
         rows = tl.minimum(rows, left - 1)
     place = X + at * stride + (rows[:, None] * stride + cols[None, :])
-    if D < cols.shape[0]:
+    if tl.constexpr(D) % cols.shape[0] != 0:
         x = tl.load(place, mask=(rows < left)[:, None] & (cols < D)[None, :], other=0.0)
     elif ZEROS:
         x = tl.load(place, mask=(rows < left)[:, None], other=0.0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, multiprocessors
+from .launch import launch
 
 if HAS_TRITON:
     from . import prologue_triton as triton_kernels
@@ -64,12 +65,13 @@ def forward(
     out_v = torch.empty_like(out_k) if v is not None else q.new_empty(0)
     words = (q, k, q) if text_q is None else (text_q, text_k, text_v)
     weights = [w if w is not None else q for w in (q_weight, k_weight, text_q_weight, text_k_weight)]
-    triton_kernels.prologue_kernel[(text + image, batch)](
-        q, k, q if v is None else v, words[0], words[1], q if v is None else words[2], *weights, cos, sin,
+    launch(
+        triton_kernels.prologue_kernel, (text + image, batch, 1),
+        (q, k, q if v is None else v, words[0], words[1], q if v is None else words[2], *weights, cos, sin,
         out_q, out_k, out_v, image, text, heads, k.shape[2], text if text_first else 0, 0 if text_first else image,
         turn_first, turn_tokens, 0.0 if eps is None else eps,
-        *_strides(q), *_strides(k), *_strides(words[0]), *_strides(words[1]), *table_strides,
-        **settings, VALUES=v is not None,
+        *_strides(q), *_strides(k), *_strides(words[0]), *_strides(words[1]), *table_strides),
+        settings | {"VALUES": v is not None},
     )  # fmt: skip
     return out_q, out_k, out_v
 
@@ -88,10 +90,12 @@ def backward(
     parts = -(-tokens // chunk)
     partial = torch.zeros((batch * parts, 2, heads, dim) if settings["WEIGHT"] else (0,), device=q.device)
     weights = [w if w is not None else q for w in (q_weight, k_weight)]
-    triton_kernels.prologue_backward_kernel[(parts, batch)](
-        q, k, *weights, grad_q, grad_k, cos, sin, dq, dk, partial,
+    launch(
+        triton_kernels.prologue_backward_kernel, (parts, batch, 1),
+        (q, k, *weights, grad_q, grad_k, cos, sin, dq, dk, partial,
         tokens, chunk, heads, k.shape[2], at, turn_first, turn_tokens, 0.0 if eps is None else eps,
-        *_strides(q), *_strides(k), *_strides(grad_q), *_strides(grad_k), *table_strides, **settings, STAGES=2,
+        *_strides(q), *_strides(k), *_strides(grad_q), *_strides(grad_k), *table_strides),
+        settings | {"STAGES": 2},
     )  # fmt: skip
     if not settings["WEIGHT"]:
         return dq, dk, q.new_empty(0), q.new_empty(0)

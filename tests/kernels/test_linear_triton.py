@@ -149,11 +149,13 @@ def test_strided_inputs_and_many_pieces(assert_accurate, launched, monkeypatch):
 
     monkeypatch.setattr(linear_launch, "multiprocessors", lambda device: 8)
     monkeypatch.setattr(linear_launch, "SCRATCH", 100.0)
+    linear_launch.plan.cache_clear()
     whole = random(2, 400, 3, 2, 32)
     q, k, v = (whole[:, 10:390, i] for i in range(3))
     compare(assert_accurate, q, k, v, launched)  # several partial records a head, summed first
     monkeypatch.setattr(linear_launch, "READ_TOGETHER", 64)
     compare(assert_accurate, q, k, v, launched)  # and added up by their readers
+    linear_launch.plan.cache_clear()
 
 
 def test_regrouped_heads(assert_accurate, launched):
