@@ -46,20 +46,23 @@ def without_triton() -> Iterator[None]:
         _enabled = before
 
 
-def why_not_triton(op: str, head_dim: int, *tensors: Tensor) -> str | None:
-    """Why `op` cannot run in Triton on these tensors; None where it can. The fallback is logged, once for a reason."""
-    reason = _reason(head_dim, tensors)
+def why_not_triton(op: str, head_dim: int | None, *tensors: Tensor, lacking: str | None = None) -> str | None:
+    """Why `op` cannot run in Triton on these tensors; None where it can. The fallback is logged, once for a reason.
+
+    `head_dim` is None where channels are not grouped; `lacking` is what the op itself knows to stand in the way.
+    """
+    reason = _reason(head_dim, tensors) or lacking
     if reason is not None and tensors[0].device.type == "cuda" and _enabled:
         _log_once(op, reason)
     return reason
 
 
-def _reason(head_dim: int, tensors: tuple[Tensor, ...]) -> str | None:
+def _reason(head_dim: int | None, tensors: tuple[Tensor, ...]) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if not _enabled:
         return "Triton is switched off here"
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+    if head_dim is not None and not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"head dim {head_dim} is outside {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
     for x in tensors:
         if x.device.type != "cuda" and not (_interpreted and x.device.type == "cpu"):

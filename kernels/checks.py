@@ -116,11 +116,14 @@ def check_radius(radius: float | Sequence[float], axes: int | None = None) -> tu
     return values
 
 
-def check_kernel(v: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A depthwise convolution's weight as `[H * D, 1, k, k]` and bias as `[H * D]`, both in the dtype of v.
+def check_kernel(
+    v: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, text: Tensor | None = None
+) -> None:
+    """ValueError unless a depthwise convolution's arguments belong together.
 
     Raises:
-        ValueError: a kernel without a centre, or weights for another number of channels than `v` `[B, N, H, D]` has.
+        ValueError: a kernel without a centre, weights for another number of channels than `v` `[B, N, H, D]` has,
+            another shape or dtype of `add`, or `text` of another batch or other heads.
     """
     if v.ndim != 4:
         raise ValueError(f"v must be [B, N, H, D], got shape {tuple(v.shape)}.")
@@ -131,9 +134,20 @@ def check_kernel(v: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
         raise ValueError(f"weight must be [C, k, k], k odd so that there is a centre, got shape {tuple(weight.shape)}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}] as the weight, got shape {tuple(bias.shape)}.")
-    copies = heads * dim // weight.shape[0]
-    weight = weight.to(v.dtype).repeat(copies, 1, 1).unsqueeze(1)
-    return weight, None if bias is None else bias.to(v.dtype).repeat(copies)
+    if add is not None and (add.shape != v.shape or add.dtype != v.dtype):
+        raise ValueError(f"add must be {tuple(v.shape)} {v.dtype} as v, got {tuple(add.shape)} {add.dtype}.")
+    if text is not None:
+        batch = v.shape[0]
+        if text.ndim != 4 or text.shape[0] != batch or text.shape[2:] != v.shape[2:] or text.dtype != v.dtype:
+            raise ValueError(
+                f"text must be [{batch}, T, {heads}, {dim}] {v.dtype} as v, got {tuple(text.shape)} {text.dtype}."
+            )
+
+
+def repeat_kernel(v: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The weight as `[H * D, 1, k, k]` and the bias as `[H * D]`, for each head the same where they share it."""
+    copies = v.shape[2] * v.shape[3] // weight.shape[0]
+    return weight.repeat(copies, 1, 1).unsqueeze(1), None if bias is None else bias.repeat(copies)
 
 
 def check_agents(

@@ -20,6 +20,7 @@ from .checks import (
     check_qkv,
     check_radius,
     repeat_heads,
+    repeat_kernel,
     split_heads,
 )
 from .features import named_feature_map, wide
@@ -112,10 +113,20 @@ def qk_norm_rope(
     return out_q.to(q.dtype), out_k.to(k.dtype), None if v is None else join(v, text_v)
 
 
-def depthwise_conv(v: Tensor, *, grid: Sequence[int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def depthwise_conv(
+    v: Tensor,
+    *,
+    grid: Sequence[int],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    text: Tensor | None = None,
+    text_first: bool = True,
+) -> Tensor:
     """See `linfusion.kernels.depthwise_conv`."""
     h, w = check_grid(grid, v.shape[1], 0, None, v.shape[0])[-2:]
-    kernel, shift = check_kernel(v, weight, bias)
+    check_kernel(v, weight, bias, add, text)
+    kernel, shift = repeat_kernel(v, weight, bias)
     image, kernel = wide(v.reshape(-1, h, w, v.shape[2] * v.shape[3]), kernel[:, 0])
     size, reach = kernel.shape[-1], kernel.shape[-1] // 2
     image = F.pad(image, (0, 0, reach, reach, reach, reach))
@@ -123,7 +134,11 @@ def depthwise_conv(v: Tensor, *, grid: Sequence[int], weight: Tensor, bias: Tens
     for y in range(size):
         for x in range(size):
             out = out + image[:, y : y + h, x : x + w] * kernel[:, y, x]
-    return out.reshape(v.shape).to(v.dtype)
+    out = out.reshape(v.shape)
+    out = (out if add is None else add + out).to(v.dtype)
+    if text is None:
+        return out
+    return torch.cat((text, out) if text_first else (out, text), dim=1)
 
 
 def agent_grid(agents: int | tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -35,10 +35,14 @@ class LocalBranch(nn.Module):
         """`out` `[B, S, H, D]` with the branch added; `heads` regroups the channels of v for a shared weight."""
         assert call.grid is not None  # the processor has checked `needs`
         text, image = call.split(out)
-        v = repeat_heads(call.split(call.v)[1], out.shape[2])
-        v = v if heads is None else split_heads(v, heads)
-        local = depthwise_conv(v, grid=call.grid, weight=self.weight, bias=self.bias)
-        return call.join(text, image + local.reshape(image.shape))
+        v = repeat_heads(call.split(call.v)[1], out.shape[2]).to(out.dtype)
+        if heads is not None:
+            v, image, text = (split_heads(x, heads) for x in (v, image, text))
+        whole = depthwise_conv(
+            v, grid=call.grid, weight=self.weight, bias=self.bias, add=image,
+            text=text if call.text else None, text_first=call.text_first,
+        )  # fmt: skip
+        return whole.reshape(out.shape)
 
     def pairs(self, tokens: int) -> float:
         """One multiplication per place of the kernel and channel; a query-key pair costs two per channel."""

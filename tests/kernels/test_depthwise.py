@@ -96,10 +96,11 @@ def test_weights_follow_the_values():
 
 def test_opcheck():
     v, weight, bias = inputs((4, 5), dtype=torch.float32)
-    op, grid = torch.ops.linfusion.depthwise_conv.default, torch.tensor([4, 5])
-    weight = weight.detach()[:, None].requires_grad_()
-    torch.library.opcheck(op, (v, weight, bias, grid))
-    torch.library.opcheck(op, (v, weight, None, grid), test_utils=("test_schema", "test_faketensor"))
+    op, grid, text = torch.ops.linfusion.depthwise_conv.default, torch.tensor([4, 5]), torch.randn(2, 3, 2, 8)
+    torch.library.opcheck(op, (v, weight, bias, torch.randn_like(v), text, False, [], grid))
+    torch.library.opcheck(
+        op, (v, weight, None, None, None, True, [4, 5], None), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_compiles_whole():
