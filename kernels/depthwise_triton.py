@@ -15,9 +15,11 @@ import triton.language as tl
 @triton.jit
 def _places(c, dim, head_stride, FLAT: tl.constexpr, VECTOR: tl.constexpr):
     """Offsets of channels c in `[.., H, D]`; runs of VECTOR of them lie side by side."""
-    if FLAT:
-        return c
-    return tl.max_contiguous(tl.multiple_of((c // dim).to(tl.int64) * head_stride + c % dim, (1, VECTOR)), (1, VECTOR))
+    places = c
+    if not FLAT:
+        places = (c // dim).to(tl.int64) * head_stride + c % dim
+        places = tl.max_contiguous(tl.multiple_of(places, (1, VECTOR)), (1, VECTOR))
+    return places
 
 
 @triton.jit

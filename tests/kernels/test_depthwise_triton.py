@@ -1,6 +1,9 @@
 """Triton's depthwise convolution in its interpreter, against the specification in float64."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -287,3 +290,32 @@ def test_memory(monkeypatch, size, grid, heads, dim):
     assert all(
         math.prod(programs) >= 128 and max(programs[1:]) < 65536 for name, programs in launches if "sum" not in name
     )
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from linfusion.kernels import depthwise_launch, depthwise_triton as kernels
+
+def build(kernel, **constants):
+    tile = depthwise_launch.TILES["forward"][constants["K"]]
+    constants |= dict(CHANNELS=tile.channels, COLUMNS=tile.columns, TILES=tile.warps, VECTOR=8)
+    types = {n: "constexpr" if n in constants else "i32" for n in kernel.arg_names}
+    types |= {n: "*bf16" for n in ("v", "weight", "bias", "add", "out", "grad") if n in types}
+    types |= {n: "*fp32" for n in ("partial",) if n in types}
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=tile.warps))
+
+for flat in (True, False):
+    settings = dict(K=3, WHOLE=flat, FLAT=flat)
+    build(kernels.forward_kernel, **settings, PADDED=16, ADD_FLAT=True, FLIP=False, BIAS=True, ADD=True)
+    build(kernels.weight_kernel, **settings, GRAD_FLAT=True)
+build(kernels.forward_kernel, K=1, WHOLE=True, FLAT=True, PADDED=1, ADD_FLAT=True, FLIP=True, BIAS=False, ADD=False)
+"""
+
+
+def test_the_compiler_takes_them():
+    """It checks types that the interpreter does not; compiling for a GPU needs none."""
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
