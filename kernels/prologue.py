@@ -1,5 +1,7 @@
 """What stands between the projections and the attention: norm of queries and keys, rotation, joining text and image."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,6 @@ def qk_norm_rope(
     turning = 0 if rope is None else rope.cos.shape[0 if rope.cos.ndim == 2 else 1]
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     # the operator costs more time than a small kernel, and only compile and autograd need it
-    run = prologue_op if wanted or torch.compiler.is_compiling() else forward
+    run: Callable = prologue_op if wanted or torch.compiler.is_compiling() else forward
     out_q, out_k, out_v = run(*tensors, interleaved, eps, across_heads, text_first, rope_from, turning)
     return out_q, out_k, out_v if text else v
