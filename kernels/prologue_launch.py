@@ -63,7 +63,7 @@ def forward(
     cos, sin, table_strides = _tables(cos, sin, q)
     out_q, out_k = (torch.empty((batch, text + image, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in (q, k))
     out_v = torch.empty_like(out_k) if v is not None else q.new_empty(0)
-    words = (q, k, q) if text_q is None else (text_q, text_k, text_v)
+    words: tuple[Any, ...] = (q, k, q) if text_q is None else (text_q, text_k, text_v)
     weights = [w if w is not None else q for w in (q_weight, k_weight, text_q_weight, text_k_weight)]
     launch(
         triton_kernels.prologue_kernel, (text + image, batch, 1),

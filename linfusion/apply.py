@@ -61,7 +61,14 @@ class HostState:
     layers: list[tuple[str, Any]] = field(default_factory=list)  # the replaced ones below it
 
 
-def apply(pipe_or_model: Host, mechanism: Choice, *, layers: Layers = None, weights: str | Path | None = None) -> Host:
+def apply(
+    pipe_or_model: Host,
+    mechanism: Choice,
+    *,
+    layers: Layers = None,
+    weights: str | Path | None = None,
+    fuse_prologue: bool = True,
+) -> Host:
     """Replace the self-attention of a diffusers pipeline or model; `restore` takes it back.
 
     Args:
@@ -70,6 +77,8 @@ def apply(pipe_or_model: Host, mechanism: Choice, *, layers: Layers = None, weig
             matching pattern wins and layers without one stay as they are. Applying again replaces.
         layers: which layers, as a pattern, several, or a predicate on the name; default all self-attention.
         weights: an adapter folder or Hub id written by `save`.
+        fuse_prologue: where Triton can run, let one kernel do the host's norms of queries and keys, its rotation and
+            the joining of text and image: faster, and as exact as the host, but not its bits. False keeps those.
 
     Returns:
         `pipe_or_model`, changed in place.
@@ -79,16 +88,20 @@ def apply(pipe_or_model: Host, mechanism: Choice, *, layers: Layers = None, weig
         NotImplementedError: the host is in a state that cannot be honoured; nothing was changed.
     """
     adapter = None if weights is None else read_adapter(weights)
-    return apply_adapter(pipe_or_model, mechanism, layers, adapter)
+    return apply_adapter(pipe_or_model, mechanism, layers, adapter, fuse_prologue)
 
 
-def apply_adapter(pipe_or_model: Host, mechanism: Choice, layers: Layers, adapter: Adapter | None) -> Host:
+def apply_adapter(
+    pipe_or_model: Host, mechanism: Choice, layers: Layers, adapter: Adapter | None, fuse_prologue: bool = True
+) -> Host:
     """`apply` with weights that are already in memory."""
     models = denoisers(pipe_or_model)
     if adapter is not None and len(models) > 1:
         raise ValueError("Weights belong to one model; apply them to it: linfusion.apply(pipe.transformer, ...).")
     plans = [(model, _plan(model, mechanism, layers)) for model in models]
     for model, record in plans:
+        for entry in record.entries.values():
+            entry.mechanism.fuse_prologue = fuse_prologue
         if adapter is not None:
             adapter.check(model, {name: e.mechanism for name, e in record.entries.items()})
     added = any(_has_parameters(record) for _, record in plans) or bool(adapter and adapter.host)
@@ -118,11 +131,9 @@ def restore(pipe_or_model: Host) -> Host:
 
 
 @contextmanager
-def applied(
-    pipe_or_model: Host, mechanism: Choice, *, layers: Layers = None, weights: str | Path | None = None
-) -> Iterator[Host]:
-    """`apply` for the length of a with block. Leaving it restores the host's own attention."""
-    apply(pipe_or_model, mechanism, layers=layers, weights=weights)
+def applied(pipe_or_model: Host, mechanism: Choice, **settings: Any) -> Iterator[Host]:
+    """`apply`, with its settings, for the length of a with block. Leaving it restores the host's own attention."""
+    apply(pipe_or_model, mechanism, **settings)
     try:
         yield pipe_or_model
     finally:

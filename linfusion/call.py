@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import RopeTables
+from .kernels import RopeTables, qk_norm_rope
+from .kernels.backend import why_not_triton
 from .kernels.checks import repeat_heads
+
+
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,22 @@ class Norms(NamedTuple):
     text_k: Callable[[Tensor], Tensor] | None = None
 
 
+class Prologue(NamedTuple):
+    """The norms as data, where one kernel can do them together with the rotation and the joining of text and image.
+
+    Attributes:
+        eps: of all norms; None where the host has none.
+        weights: of the norms of q and k; None for ones.
+        text_weights: of the norms of the text's q and k, where it has its own.
+        across_heads: whether a norm is over the channels of all heads.
+    """
+
+    eps: float | None
+    weights: tuple[Tensor, Tensor] | None = None
+    text_weights: tuple[Tensor, Tensor] | None = None
+    across_heads: bool = False
+
+
 @dataclass(frozen=True)
 class Rope:
     """The host's rotation: calling it is the host's own function, `tables` is the same for kernels.
@@ -124,6 +144,7 @@ class AttnCall:
             they have here.
         mask: whatever mask the host brought for the whole sequence; only `Softmax` can honour it.
         agents: `[B, A, H, D]`, queries of the agents of a mechanism that merges tokens.
+        prologue: the same norms for one kernel; None leaves them and the rotation to the host's own functions.
     """
 
     q: Tensor
@@ -139,13 +160,14 @@ class AttnCall:
     exact: Callable[..., Tensor] = sdpa
     mask: Tensor | None = None
     agents: Tensor | None = None
+    prologue: Prologue | None = None
     _normalised: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _rotated: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def normalised(self) -> tuple[Tensor, Tensor]:
         """q and k after the host's norms; computed once."""
         if self._normalised is None:
-            self._normalised = self._norm()
+            self._normalised = self._fused(rotate=False) or self._norm()
         return self._normalised
 
     def rotated(self, as_values: bool = True) -> tuple[Tensor, Tensor]:
@@ -155,10 +177,16 @@ class AttnCall:
         attention takes as it is.
         """
         if self._rotated is None:
+            self._rotated = self._fused(rotate=True)
+        if self._rotated is None:
             q, k = self.normalised()
             self._rotated = (self._rotate(q), self._rotate(k))
         q, k = self._rotated
         return (q.to(self.v.dtype), k.to(self.v.dtype)) if as_values else (q, k)
+
+    def output_dtype(self) -> torch.dtype:
+        """What the host's norms answer in, which is fp32 under autocast in some hosts."""
+        return self.v.dtype if self.prologue is not None else self.normalised()[0].dtype
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Text part and image part of `x` `[B, S, ...]`, as views."""
@@ -197,6 +225,29 @@ class AttnCall:
             return tables
         return tables.slice(self.text, tokens) if self.text_first else tables.slice(0, tokens - self.text)
 
+    def _parts(self) -> tuple[QKV, QKV | None]:
+        """q, k and v of the image, or of the whole sequence; and those of text that is not joined yet."""
+        return (self.q, self.k, self.v), None
+
+    def _fused(self, rotate: bool) -> tuple[Tensor, Tensor] | None:
+        """Norms, rotation and joining in one kernel; None where that cannot run."""
+        if self.prologue is None:
+            return None
+        image, words = self._parts()
+        if why_not_triton("qk_norm_rope", image[0].shape[-1], *image, *(words or ())) is not None:
+            self.prologue = None
+            return None
+        rope = self.rope if rotate else None
+        aside = rope is not None and not rope.covers_text and self.text_first
+        eps, weights, text_weights, across_heads = self.prologue
+        q, k, v = qk_norm_rope(
+            *image, eps=eps, weights=weights, across_heads=across_heads, rope=None if rope is None else rope.tables, text=words,
+            text_weights=text_weights, text_first=self.text_first, rope_from=self.text if aside else 0,
+        )  # fmt: skip
+        if words is not None and v is not None:
+            self.v = v
+        return q, k
+
     def _norm(self) -> tuple[Tensor, Tensor]:
         norms = self.norms
         if norms is None:
@@ -213,3 +264,32 @@ class AttnCall:
             return self.rope(x)
         text, image = self.split(x)
         return self.join(text, self.rope(image))
+
+
+def _joined(place: int) -> Any:
+    """q, k or v of an `ApartCall`: joined on first use."""
+
+    def get(call: ApartCall) -> Tensor:
+        if place not in call.whole:
+            call.whole[place] = call.join(call.words[place], call.image[place])
+        return call.whole[place]
+
+    return property(get, lambda call, value: call.whole.update({place: value}))
+
+
+class ApartCall(AttnCall):
+    """An `AttnCall` whose text was projected apart: q, k and v are given for the image and joined when first asked for.
+
+    The kernel that norms and rotates joins on its way, so that most mechanisms never ask.
+    """
+
+    q, k, v = _joined(0), _joined(1), _joined(2)
+
+    def __init__(self, image: QKV, words: QKV, **settings: Any) -> None:
+        self.image, self.words = image, words
+        self.whole: dict[int, Tensor] = {}
+        super().__init__(*image, text=words[0].shape[1], **settings)
+        self.whole.clear()
+
+    def _parts(self) -> tuple[QKV, QKV | None]:
+        return self.image, self.words

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from ..call import AttnCall, Layout, Norms, Rope, Site, sdpa
+from ..call import ApartCall, AttnCall, Layout, Norms, Prologue, Rope, Site, sdpa
 from ..mechanisms import Mechanism
 
 HostLayer = Any  # a diffusers module; its attributes are the host's own, which nn.Module cannot type
@@ -24,9 +24,11 @@ class Processor:
 
     Attributes:
         text_first: on which side of the image the host puts its text, if it has any in the sequence.
+        norm_across_heads: whether the host's norms are over the channels of all heads.
     """
 
     text_first: ClassVar[bool] = True
+    norm_across_heads: ClassVar[bool] = False
     # diffusers writes these two where a processor has them
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -91,26 +93,28 @@ class Processor:
         k = to_heads(attn.to_k(x_k), site.head_dim)
         v = to_heads(attn.to_v(hidden_states), site.head_dim)
         norms = self.norms(attn)
+        if apart and norms is not None:
+            norms = Norms(*norms[:2], attn.norm_added_q or nn.Identity(), attn.norm_added_k or nn.Identity())
+        settings: dict[str, Any] = {
+            "grid": mechanism.layout.grid, "text_first": self.text_first, "text_mask": text_mask, "norms": norms,
+            "rope": rope, "scale": scale, "exact": exact or self.exact, "mask": mask,
+            "prologue": self.prologue(mechanism, attn, q, apart) if rope is not None or norms is not None else None,
+        }  # fmt: skip
         if apart:
-            q, k, v = (
-                self.join(to_heads(project(encoder_hidden_states), site.head_dim), x)
-                for project, x in ((attn.add_q_proj, q), (attn.add_k_proj, k), (attn.add_v_proj, v))
-            )
-            if norms is not None:
-                norms = Norms(*norms[:2], attn.norm_added_q or nn.Identity(), attn.norm_added_k or nn.Identity())
-        call = AttnCall(
-            q, k, v, grid=mechanism.layout.grid, text=text, text_first=self.text_first, text_mask=text_mask,
-            norms=norms, rope=rope, scale=scale, exact=exact or self.exact, mask=mask,
-        )  # fmt: skip
+            words = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text_q, text_k, text_v = (to_heads(project(encoder_hidden_states), site.head_dim) for project in words)
+            call: AttnCall = ApartCall((q, k, v), (text_q, text_k, text_v), **settings)
+        else:
+            call = AttnCall(q, k, v, text=text, **settings)
         if merged is not None and merged.agents is not None:
             call.agents = to_heads(attn.to_q(merged.agents), site.head_dim)
-        out = mechanism(call).flatten(2).to(call.normalised()[0].dtype)  # which is fp32 under autocast in some hosts
+        out = mechanism(call).flatten(2).to(call.output_dtype())
         if merged is not None:
             out = merged.expand(out)
         if not apart:
             return out, None
-        words, image = call.split(out)
-        return image, words
+        text_out, image_out = call.split(out)
+        return image_out, text_out
 
     def attend_alone(
         self,
@@ -136,6 +140,22 @@ class Processor:
         if attn.norm_q is None and attn.norm_k is None:
             return None
         return Norms(attn.norm_q or nn.Identity(), attn.norm_k or nn.Identity())
+
+    def prologue(self, mechanism: Mechanism, attn: HostLayer, q: Tensor, apart: bool) -> Prologue | None:
+        """The layer's norms as data for one kernel; None where only the host's own functions will do."""
+        if not mechanism.fuse_prologue or torch.is_autocast_enabled(q.device.type):
+            return None
+        modules = [attn.norm_q, attn.norm_k]
+        if apart:
+            modules += [attn.norm_added_q, attn.norm_added_k]
+        norms = [rms_norm(module, q) for module in modules]
+        if any(norm is None for norm in norms) or len({(eps, w is None) for eps, w in norms}) > 1:  # type: ignore
+            return None
+        eps, weight = norms[0]  # type: ignore[misc]
+        if weight is None:
+            return Prologue(eps, across_heads=self.norm_across_heads)
+        w = [norm[1] for norm in norms]  # type: ignore[index]
+        return Prologue(eps, (w[0], w[1]), (w[2], w[3]) if apart else None, self.norm_across_heads)  # type: ignore
 
     def inputs(self, mechanism: Mechanism, x: Tensor, text: int) -> tuple[Tensor, Tensor]:
         """Inputs of the query and key projections; of `text` tokens in `x`, the mechanism's features see nothing."""
@@ -216,6 +236,24 @@ class Family:
     def processor_of(self, attn: nn.Module) -> Processor:
         """A new processor for one layer."""
         return next((self.processors[n] for n in class_names(attn) if n in self.processors), self.processor)()
+
+
+def rms_norm(module: nn.Module | None, x: Tensor) -> tuple[float | None, Tensor | None] | None:
+    """eps and weight of an RMS norm, both None where the host has no norm; None for anything else.
+
+    A weight is only read here where calling the module would do nothing else: no hook may have to fetch it first.
+    """
+    if module is None or isinstance(module, nn.Identity):
+        return None, None
+    hooked = module._forward_pre_hooks or module._forward_hooks or hasattr(module, "_hf_hook")
+    if type(module).__name__ != "RMSNorm" or hooked or hasattr(module, "_diffusers_hook"):
+        return None
+    eps, weight = getattr(module, "eps", None), getattr(module, "weight", None)
+    if not isinstance(eps, float) or getattr(module, "bias", None) is not None:
+        return None
+    if weight is not None and (weight.device != x.device or weight.dtype != x.dtype or weight.ndim != 1):
+        return None
+    return eps, weight
 
 
 def class_names(module: nn.Module) -> list[str]:

@@ -33,8 +33,9 @@ class Flux2SingleProcessor(DispatchProcessor):
         call = AttnCall(
             q, k, v, grid=layout.grid, text=layout.text, norms=Norms(attn.norm_q, attn.norm_k),
             rope=flux_rope(image_rotary_emb), exact=self.exact, mask=attention_mask,
+            prologue=self.prologue(mechanism, attn, q, apart=False),
         )  # fmt: skip
-        out = mechanism(call).flatten(2).to(call.normalised()[0].dtype)
+        out = mechanism(call).flatten(2).to(call.output_dtype())
         return attn.to_out(torch.cat((out, attn.mlp_act_fn(mlp)), dim=-1))
 
 

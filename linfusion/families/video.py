@@ -20,6 +20,8 @@ from .base import DispatchProcessor, Family, HostLayer, argument, class_names, p
 class VideoProcessor(DispatchProcessor):
     """Norms over the channels of all heads."""
 
+    norm_across_heads = True
+
     def norms(self, attn: HostLayer) -> Norms:
         return Norms(across_heads(attn.norm_q), across_heads(attn.norm_k))
 

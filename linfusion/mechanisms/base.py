@@ -55,6 +55,7 @@ class Mechanism(nn.Module):
         merges_tokens: whether `merge` stands between the hidden states and the projections.
         layout: what the host's latest forward said about its sequence.
         clock: and about its place on the noise schedule.
+        fuse_prologue: whether one kernel may do the host's norms and rotation where it can run.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -64,6 +65,7 @@ class Mechanism(nn.Module):
     merges_tokens: ClassVar[bool] = False
     layout: Layout
     clock: Clock
+    fuse_prologue: bool = True
 
     def __init__(self, config: MechanismConfig, site: Site) -> None:
         super().__init__()
