@@ -14,7 +14,6 @@ from .kernels import RopeTables, qk_norm_rope
 from .kernels.backend import why_not_triton
 from .kernels.checks import repeat_heads
 
-
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
@@ -241,8 +240,8 @@ class AttnCall:
         aside = rope is not None and not rope.covers_text and self.text_first
         eps, weights, text_weights, across_heads = self.prologue
         q, k, v = qk_norm_rope(
-            *image, eps=eps, weights=weights, across_heads=across_heads, rope=None if rope is None else rope.tables, text=words,
-            text_weights=text_weights, text_first=self.text_first, rope_from=self.text if aside else 0,
+            *image, eps=eps, weights=weights, across_heads=across_heads, rope=None if rope is None else rope.tables,
+            text=words, text_weights=text_weights, text_first=self.text_first, rope_from=self.text if aside else 0,
         )  # fmt: skip
         if words is not None and v is not None:
             self.v = v
