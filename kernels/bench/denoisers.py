@@ -1,0 +1,86 @@
+"""FLUX.1 and Stable Diffusion XL at full size, as `models.py` measures them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .models import Model, random_model
+from .op import Case
+from .table import Shape
+
+
+def _case(op: str, heads: int, tokens: int, dim: int, px: int) -> Case:
+    return Case(op, Shape(1, heads, tokens, dim, (("px", px),)), directions=("forward",))
+
+
+class Flux(Model):
+    """FLUX.1-dev, 11.9 billion parameters."""
+
+    name = "model-flux"
+    stock = ("sdpa-cudnn", "_native_cudnn")
+    cases = tuple(_case("model-flux", 24, 512 + (px // 16) ** 2, 128, px) for px in (1024, 2048))
+
+    def build(self, device: torch.device, few: bool = False) -> nn.Module:
+        from diffusers import FluxTransformer2DModel
+
+        blocks = {"num_layers": 1, "num_single_layers": 1} if few else {}
+        return random_model(FluxTransformer2DModel, device, guidance_embeds=True, **blocks)
+
+    def inputs(self, px: int, device: torch.device) -> dict[str, Any]:
+        side = px // 16
+        new: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        places = torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).flatten(0, 1)
+        return {
+            "hidden_states": torch.randn(1, side * side, 64, **new),
+            "encoder_hidden_states": torch.randn(1, 512, 4096, **new),
+            "pooled_projections": torch.randn(1, 768, **new),
+            "timestep": torch.tensor([0.5], **new),
+            "guidance": torch.tensor([4.0], device=device),  # 4000 is a number in bf16, 3500 is none
+            "img_ids": places.to(**new),
+            "txt_ids": torch.zeros(512, 3, **new),
+        }
+
+    def mechanisms(self) -> dict[str, Any]:
+        import linfusion as lf
+
+        return {"softmax": lf.Softmax(), "linfusion": lf.LinFusion(mid_dim=192), "lit": lf.LiT()}
+
+
+class SDXL(Model):
+    """The UNet of Stable Diffusion XL, 2.6 billion parameters; shapes are those of its finest attention."""
+
+    name = "model-sdxl"
+    stock = ("sdpa", None)
+    cases = tuple(_case("model-sdxl", 10, (px // 16) ** 2, 64, px) for px in (1024, 2048, 4096, 8192))
+
+    def build(self, device: torch.device, few: bool = False) -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        return random_model(
+            UNet2DConditionModel, device, sample_size=128, in_channels=4, out_channels=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280), transformer_layers_per_block=[1, 1, 1] if few else [1, 2, 10],
+            attention_head_dim=[5, 10, 20], cross_attention_dim=2048, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, use_linear_projection=True,
+        )  # fmt: skip
+
+    def inputs(self, px: int, device: torch.device) -> dict[str, Any]:
+        new: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+        return {
+            "sample": torch.randn(1, 4, px // 8, px // 8, **new),
+            "timestep": torch.tensor(500, device=device),
+            "encoder_hidden_states": torch.randn(1, 77, 2048, **new),
+            "added_cond_kwargs": {"text_embeds": torch.randn(1, 1280, **new), "time_ids": torch.zeros(1, 6, **new)},
+        }
+
+    def mechanisms(self) -> dict[str, Any]:
+        import linfusion as lf
+
+        # the MLPs are a sixteenth of the layer's width, as in the published weights
+        narrow, wide = lf.LinFusion(mid_dim=40), lf.LinFusion(mid_dim=80)
+        return {"linfusion": {"down_blocks.1.*": narrow, "up_blocks.1.*": narrow, "*": wide}}
