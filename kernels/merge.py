@@ -1,8 +1,11 @@
-"""Token merging for Stable Diffusion (arXiv 2303.17604): similar tokens of a grid become one, and are copied back."""
+"""Token merging for Stable Diffusion (arXiv 2303.17604): similar tokens of a grid become one, and are copied back.
 
-from __future__ import annotations
+A merge is told by slots: which of the M tokens that are left each of the N tokens goes to. Slots have the grid's shape
+whatever is merged, so that what decides it (the cell's side, the seed) may be a tensor that is only read when the op
+runs: whole-model `torch.compile`, where the noise level cannot be read while tracing.
+"""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,82 +15,82 @@ _SCORES = 2**24
 """Similarities held at a time."""
 
 
-@dataclass(frozen=True)
-class Merge:
-    """Which tokens of `[B, N, C]` are merged into which: the `count` most similar sources, each into one target.
-
-    Attributes:
-        kept: `[B, N - T - count]`, sources that stay as they are.
-        gone: `[B, count]`, sources that are merged.
-        into: `[B, count]`, index into `targets` for each of them.
-        targets: `[T]`, one token of every cell.
-    """
-
-    kept: Tensor
-    gone: Tensor
-    into: Tensor
-    targets: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are left: N - count."""
-        return self.kept.shape[1] + self.targets.shape[0]
-
-    def merge(self, x: Tensor) -> Tensor:
-        """`[B, N, C]` to `[B, N - count, C]`: kept tokens, then targets, each the mean of all that went into it."""
-        targets = x[:, self.targets]
-        index = _columns(self.into, x)
-        targets = targets.scatter_reduce(1, index, x.gather(1, _columns(self.gone, x)), "mean", include_self=True)
-        return torch.cat((x.gather(1, _columns(self.kept, x)), targets), dim=1)
-
-    def unmerge(self, y: Tensor) -> Tensor:
-        """`[B, N - count, C]` to `[B, N, C]`: a merged token takes its target's value."""
-        kept, targets = y.split((self.kept.shape[1], self.targets.shape[0]), dim=1)
-        out = y.new_empty(y.shape[0], self.tokens + self.gone.shape[1], y.shape[2])
-        out[:, self.targets] = targets
-        out = out.scatter(1, _columns(self.kept, y), kept)
-        return out.scatter(1, _columns(self.gone, y), targets.gather(1, _columns(self.into, y)))
-
-
-def merge_plans(x: Tensor, *, grid: tuple[int, int], cell: int, counts: tuple[int, ...], seed: int) -> list[Merge]:
-    """Plans that merge different numbers of tokens into the same targets.
+def merge_slots(x: Tensor, *, grid: Sequence[int], cell: Tensor, left: Sequence[int], seed: Tensor) -> Tensor:
+    """Plans that merge different numbers of tokens into the same targets: the most similar ones, each into one target.
 
     Args:
         x: `[B, N, C]`, what similarity (cosine) is measured on.
         grid: `(h, w)`, h * w = N.
-        cell: one token in every `cell x cell` block, drawn at random, is a target; rows and columns that do not fill
-            a block have none.
-        counts: tokens to merge, each cut off at the number of sources.
-        seed: of the draw, the same for all samples (guidance needs equal halves).
+        cell: an integer; one token in every `cell x cell` block, drawn at random, is a target. Rows and columns that
+            do not fill a block have none.
+        left: tokens that each plan leaves, M; see `tokens_left`. Where that is less than there are targets, the last
+            ones become one.
+        seed: an integer, of the draw; the same for all samples (guidance needs equal halves).
+
+    Returns:
+        `[len(left), B, N]` int64, slots below M: tokens that stay as they are first, then targets row by row.
 
     Raises:
-        ValueError: no block fits on the grid.
+        ValueError: no block fits on the grid, or more tokens are to be left than there are.
     """
-    rows, columns = grid[0] // cell, grid[1] // cell
-    if rows * columns == 0:
-        raise ValueError(f"A grid of {grid[0]} x {grid[1]} tokens has no {cell} x {cell} cell to merge into.")
-    # drawn on the CPU: the same targets on every device
-    place = torch.randint(cell * cell, (rows, columns), generator=torch.Generator().manual_seed(seed))
-    y = torch.arange(rows)[:, None] * cell + place // cell
-    z = torch.arange(columns)[None] * cell + place % cell
-    targets = (y * grid[1] + z).flatten()
-    sources = torch.ones(grid[0] * grid[1], dtype=torch.bool)
-    sources[targets] = False
-    targets, sources = targets.to(x.device), sources.nonzero().flatten().to(x.device)
+    return _slots_op(x.detach(), cell, seed, list(grid), list(left))
 
-    unit = F.normalize(x.detach().to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+def tokens_left(count: int, *, grid: Sequence[int], cell: int) -> int:
+    """How many tokens of a grid are left when `count` are to be merged: targets stay."""
+    return grid[0] * grid[1] - max(0, min(count, grid[0] * grid[1] - (grid[0] // cell) * (grid[1] // cell)))
+
+
+def merge(x: Tensor, slots: Tensor, left: int) -> Tensor:
+    """`[B, N, C]` to `[B, left, C]`, each the mean of all that goes to its slot; `slots` is `[B, N]`."""
+    empty = x.new_zeros(x.shape[0], left, x.shape[2])
+    return empty.scatter_reduce(1, _columns(slots, x), x, "mean", include_self=False)
+
+
+def unmerge(y: Tensor, slots: Tensor) -> Tensor:
+    """`[B, M, C]` to `[B, N, C]`: every token takes what became of its slot."""
+    return y.gather(1, _columns(slots, y))
+
+
+def _columns(slots: Tensor, x: Tensor) -> Tensor:
+    return slots[..., None].expand(-1, -1, x.shape[-1])
+
+
+@torch.library.custom_op("linfusion::merge_slots", mutates_args=())
+def _slots_op(x: Tensor, cell: Tensor, seed: Tensor, grid: Sequence[int], left: Sequence[int]) -> Tensor:
+    targets, sources = (part.to(x.device) for part in _draw((grid[0], grid[1]), int(cell), int(seed)))
+    unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
     to = unit[:, targets].transpose(1, 2)
     chunk = max(1, _SCORES // (x.shape[0] * len(targets)))
     best = [(unit[:, part] @ to).max(dim=-1) for part in sources.split(chunk)]
     closest = torch.cat([b.indices for b in best], dim=1)
     order = torch.cat([b.values for b in best], dim=1).argsort(dim=-1, descending=True)
-    plans = []
-    for count in counts:
-        count = max(0, min(count, len(sources)))
-        gone, kept = order[:, :count], order[:, count:]
-        plans.append(Merge(sources[kept], sources[gone], closest.gather(1, gone), targets))
-    return plans
+    slots = x.new_empty(len(left), *x.shape[:2], dtype=torch.int64)
+    for plan, tokens in zip(slots, left, strict=True):
+        if not 0 < tokens <= x.shape[1]:
+            raise ValueError(f"{tokens} of {x.shape[1]} tokens cannot be left.")
+        count, kept = min(x.shape[1] - tokens, len(sources)), max(tokens - len(targets), 0)
+        plan[:, targets] = kept + torch.arange(len(targets), device=x.device)
+        plan.scatter_(1, sources[order[:, count:]], torch.arange(kept, device=x.device).expand(x.shape[0], -1))
+        gone = order[:, :count]
+        plan.scatter_(1, sources[gone], kept + closest.gather(1, gone)).clamp_(max=tokens - 1)
+    return slots
 
 
-def _columns(index: Tensor, x: Tensor) -> Tensor:
-    return index[..., None].expand(-1, -1, x.shape[-1])
+@_slots_op.register_fake
+def _(x, cell, seed, grid, left):
+    return x.new_empty((len(left), *x.shape[:2]), dtype=torch.int64)
+
+
+def _draw(grid: tuple[int, int], cell: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Targets, and all other tokens; drawn on the CPU: the same ones on every device."""
+    rows, columns = grid[0] // cell, grid[1] // cell
+    if rows * columns == 0:
+        raise ValueError(f"A grid of {grid[0]} x {grid[1]} tokens has no {cell} x {cell} cell to merge into.")
+    place = torch.randint(cell * cell, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    y = torch.arange(rows)[:, None] * cell + place // cell
+    z = torch.arange(columns)[None] * cell + place % cell
+    targets = (y * grid[1] + z).flatten()
+    others = torch.ones(grid[0] * grid[1], dtype=torch.bool)
+    others[targets] = False
+    return targets, others.nonzero().flatten()

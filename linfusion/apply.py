@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, read_adapter, swap_host
-from .call import Clock, Layout, Site
+from .call import Clock, Layout, Site, Stream
 from .families import Family, family_of
 from .families.base import Processor, backend_name, is_default_backend
 from .mechanisms import Mechanism, MechanismConfig
@@ -26,6 +26,7 @@ Host = TypeVar("Host")
 COMPONENTS = ("unet", "transformer", "transformer_2")
 RECORD = "_linfusion"
 HOST = "_linfusion_host"
+STREAM = "_linfusion_stream"
 
 
 @dataclass
@@ -46,7 +47,8 @@ class Record:
     sites: dict[str, tuple[Site, Layout]] = field(default_factory=dict)  # of every layer that could have been chosen
     passed: dict[str, str] = field(default_factory=dict)  # chosen, but left as they are, and why
     clock: Clock = field(default_factory=Clock)
-    read_time: Callable[..., float] | None = None  # where some mechanism needs the clock
+    read_time: Callable[..., Tensor] | None = None  # where some mechanism needs the clock
+    streams: dict[str, Stream] = field(default_factory=dict)  # by the norms that some mechanism looks before
     originals: dict[str, Tensor] = field(default_factory=dict)  # host parameters that loaded weights replaced
 
 
@@ -215,6 +217,8 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
         entry.mechanism.layout, entry.mechanism.clock = state.layout, record.clock
         state.needs |= entry.mechanism.needs
         state.layers.append((name, attn))
+        if "stream" in entry.mechanism.needs:
+            record.streams[family.norm(name)] = entry.mechanism.stream
         if "time" in entry.mechanism.needs:
             if family.time is None:
                 raise NotImplementedError(
@@ -223,9 +227,8 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
                 )
             record.read_time = family.time
     if not record.entries:
-        raise ValueError(
-            f"Nothing is left to replace: {next(iter(record.passed.values()))}, chosen were {list(chosen)}."
-        )
+        name, reason = next(iter(record.passed.items()))
+        raise NotImplementedError(f"{name}: {reason}")
     return record
 
 
@@ -233,7 +236,8 @@ def _entry(family: Family, site: Site, attn: nn.Module, config: MechanismConfig,
     if type(original).__name__ not in family.stock:
         raise NotImplementedError(
             f"{site.name} has a {type(original).__name__}, which {type(config).__name__} cannot stand in for (fused "
-            "projections, PAG, IP-Adapter or another plugin). Set the model's default processors first."
+            "projections, PAG, IP-Adapter or another plugin). Leave such layers out with layers=, or set the model's "
+            "default processors first."
         )
     family.check(site.name, attn)
     mechanism = config.build(site)
@@ -336,6 +340,10 @@ def _attach(model: nn.Module, record: Record, set_processors: bool = True) -> No
         host = model.get_submodule(name)
         setattr(host, HOST, state)
         host.register_forward_pre_hook(_read_layout, with_kwargs=True)
+    for name, stream in record.streams.items():
+        norm = model.get_submodule(name)
+        setattr(norm, STREAM, stream)
+        norm.register_forward_pre_hook(_read_stream, with_kwargs=True)
     if record.read_time is not None:
         model.register_forward_pre_hook(_read_time, with_kwargs=True)
 
@@ -366,6 +374,10 @@ def _detach(model: nn.Module) -> Record | None:
         host = model.get_submodule(name)
         _unhook(host, _read_layout)
         host.__dict__.pop(HOST, None)
+    for name in record.streams:
+        norm = model.get_submodule(name)
+        _unhook(norm, _read_stream)
+        norm.__dict__.pop(STREAM, None)
     delattr(model, RECORD)
     return record
 
@@ -382,6 +394,12 @@ def _read_time(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     record = record_of(model)
     if record is not None and record.read_time is not None:
         record.clock.time = record.read_time(model, args, kwargs)
+
+
+def _read_stream(norm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Runs before the norm in front of a layer whose mechanism looks at what comes before it."""
+    stream: Stream = getattr(norm, STREAM)
+    stream.hidden = args[0].detach()
 
 
 def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -58,9 +58,24 @@ class Layout:
 
 @dataclass
 class Clock:
-    """Where on the noise schedule the model's latest forward was: 1 is pure noise, 0 the picture, None is unknown."""
+    """Where on the noise schedule the model's latest forward was: 1 is pure noise, 0 the picture, None is unknown.
 
-    time: float | None = None
+    `time` has no axes, float64, on the CPU: a tensor, so that compiled code serves all steps.
+    """
+
+    time: Tensor | None = None
+
+
+@dataclass
+class Stream:
+    """A layer's hidden states `[B, N, C]` before the norm in front of it, from that norm's call to the layer's."""
+
+    hidden: Tensor | None = None
+
+    def take(self) -> Tensor | None:
+        """Hand it over and let go of it."""
+        hidden, self.hidden = self.hidden, None
+        return hidden
 
 
 class Merged(NamedTuple):

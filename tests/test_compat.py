@@ -274,6 +274,60 @@ def test_repeated_blocks_compile(dynamo, name, config):
         assert gap(forward(model, inputs), forward(plain, inputs)) < 1e-5
 
 
+def one_layer_unet():
+    return make_unet(
+        block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+
+
+def wide(inputs, step):
+    """In float64, where rounding does not swap what is merged; at one of a schedule's steps."""
+    inputs = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+    return inputs | {"timestep": torch.tensor([step, step])}
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_agent_sd_compiles(dynamo, how):
+    """One graph for early and late steps: it reads the noise level and draws its targets when it runs."""
+    plain = lf.apply(lively(one_layer_unet()).eval().double(), lf.AgentSD(cell=2))
+    model = copy.deepcopy(plain)
+    never = lf.apply(copy.deepcopy(plain), lf.AgentSD(cell=2, early=0.0))
+    if how == "whole":
+        model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    else:
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    for grid in ((8, 8), (16, 4)):
+        inputs = TINY["unet-sd15"].inputs(*grid)
+        for step in (650, 651, 550):
+            with torch._dynamo.config.patch(error_on_recompile=step != 650):
+                got, want = (forward(m, wide(inputs, step)) for m in (model, plain))
+            assert gap(got, want) < 1e-9
+            assert (gap(got, forward(never, wide(inputs, step))) > 1e-3) == (step != 550)
+
+
+def test_agent_sd_learns_in_one_graph(dynamo):
+    plain = lf.apply(lively(one_layer_unet()).double(), lf.AgentSD(cell=2))
+    model = torch.compile(copy.deepcopy(plain), fullgraph=True, backend="aot_eager")
+    inputs = TINY["unet-sd15"].inputs(6, 9)
+    for step in (650, 550):
+        got, want = (loss_gradients(m, wide(inputs, step)) for m in (model, plain))
+        for key, grad in want.items():
+            torch.testing.assert_close(got[f"_orig_mod.{key}"], grad)
+
+
+def test_agent_sd_in_one_graph_leaves_equally_many_tokens(dynamo):
+    """Late steps have four times as many targets, which stay."""
+    model, inputs = (
+        lf.apply(one_layer_unet().double(), lf.AgentSD(merge=0.9)),
+        wide(TINY["unet-sd15"].inputs(8, 8), 650),
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"equally many tokens.*merge=0.9.*without fullgraph"):
+        forward(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
+    torch._dynamo.reset()
+    assert gap(forward(torch.compile(model, backend="eager"), inputs), forward(model, inputs)) < 1e-9
+
+
 def test_a_compiled_module_is_looked_through(dynamo):
     """`pipe.transformer = torch.compile(...)` wraps the model."""
     tiny = TINY["pixart"]

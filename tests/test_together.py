@@ -13,7 +13,7 @@ from PIL import Image
 
 import linfusion as lf
 
-from .models import TINY, forward, gap, noise
+from .models import HOSTS, TINY, forward, gap, noise, processors
 from .models.parts import stable_diffusion
 
 CONFIGS = [lf.Softmax(), lf.CLEAR(2), lf.LinFusion(mid_dim=4)]
@@ -178,10 +178,12 @@ def ip_adapter(unet) -> list[dict]:
 
 
 @pytest.mark.parametrize("order", ["ip-first", "ip-second"])
-def test_ip_adapter(order):
+@pytest.mark.parametrize("name", ["unet-sd15", "unet-sdxl"])
+def test_ip_adapter(name, order):
     """Loading one makes self-attention's processors anew, by class and without arguments."""
-    tiny = TINY["unet-sd15"]
-    inputs = tiny.inputs(6, 9) | {"added_cond_kwargs": {"image_embeds": [noise(2, 1, 6, seed=8)]}}
+    tiny = HOSTS[name]
+    inputs = tiny.inputs(6, 9)
+    inputs["added_cond_kwargs"] = inputs.get("added_cond_kwargs", {}) | {"image_embeds": [noise(2, 1, 6, seed=8)]}
     stock_model = tiny.build()
     plain = forward(stock_model, tiny.inputs(6, 9))
     stock_model._load_ip_adapter_weights(ip_adapter(stock_model), low_cpu_mem_usage=False)
@@ -229,6 +231,56 @@ def test_ip_adapter_of_flux(order):
             forward(model, inputs)
     lf.restore(model)
     assert {type(b.attn.processor) for b in model.transformer_blocks} == {FluxIPAdapterAttnProcessor}
+
+
+def sd3_ip_adapter(model) -> dict:
+    """Weights of a tiny IP-Adapter of SD3, in the form that `load_ip_adapter` reads from a file."""
+    from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+    from diffusers.models.embeddings import IPAdapterTimeImageProjection
+
+    torch.manual_seed(9)
+    one = SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, timesteps_emb_dim=64)
+    layers = {
+        f"{i}.{key}": p + 0.3 * torch.randn(p.shape)
+        for i in range(len(model.attn_processors))
+        for key, p in one.state_dict().items()
+    }
+    proj = IPAdapterTimeImageProjection(6, 32, 64, heads=1, num_queries=4, timestep_in_dim=320).state_dict()
+    return {"ip_adapter": layers, "image_proj": proj}
+
+
+@pytest.mark.parametrize("order", ["ip-first", "ip-second"])
+@pytest.mark.parametrize("name", ["sd3", "sd3.5"])
+def test_ip_adapter_of_sd3(name, order):
+    """It sits in every processor, `attn2`'s included: refused by name, or told of at the first call."""
+    tiny = HOSTS[name]
+    model, inputs = tiny.build(), tiny.inputs(6, 9)
+
+    def load():
+        model._load_ip_adapter_weights(sd3_ip_adapter(model), low_cpu_mem_usage=False)
+
+    def draw():
+        return forward(model, inputs | {"joint_attention_kwargs": {"ip_adapter_image_embeds": noise(2, 1, 6, seed=8)}})
+
+    plain = forward(model, inputs)
+    if order == "ip-first":
+        load()
+        stock = draw()
+        for config in (lf.Softmax(), lf.CLEAR(2)):
+            with pytest.raises(NotImplementedError, match=r"SD3IPAdapterJointAttnProcessor2_0, which .* layers="):
+                lf.apply(model, config)
+    else:
+        lf.apply(model, lf.CLEAR(2))
+        load()
+        with pytest.raises(RuntimeError, match=r"SD3IPAdapterJointAttnProcessor2_0 was set over CLEAR on transformer_"):
+            draw()
+        lf.restore(model)
+        stock = draw()
+    assert {type(p).__name__ for p in processors(model).values()} >= {"SD3IPAdapterJointAttnProcessor2_0"}
+    assert gap(stock, plain) > 1e-2 and lf.describe(model).replaced == 0
+    lf.restore(model)
+    assert torch.equal(draw(), stock)
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_projections_fused_while_on():

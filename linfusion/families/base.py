@@ -56,6 +56,11 @@ class Processor:
             raise ValueError(
                 f"{mechanism.site.name}: {name} needs the timestep, which is read when the whole model is called."
             )
+        if "stream" in mechanism.needs and mechanism.stream.hidden is None:
+            raise ValueError(
+                f"{mechanism.site.name}: {name} needs the hidden states before the layer's norm, which are read when "
+                "its block is called; this layer was called on its own."
+            )
         if (layout.grid is None and "grid" in mechanism.needs) or (layout.tokens == 0 and mechanism.site.joint):
             raise ValueError(
                 f"{mechanism.site.name}: {name} needs the token grid and the number of text tokens, which are read "
@@ -214,8 +219,9 @@ class Family:
         processors: instead of `processor`, for layers of certain classes, by class name.
         text: `(site, layout)`, how many tokens outside the grid that layer's sequence has.
         levels: `model -> {layer: halvings of the grid}` for hosts with several resolutions.
-        time: `(model, args, kwargs) -> place on the noise schedule`, 1 for pure noise; None where the model's time
-            argument does not tell.
+        time: `(model, args, kwargs) -> place on the noise schedule`, 1 for pure noise, as in `Clock`; None where the
+            model's time argument does not tell.
+        norm: layer's name -> name of the norm in front of it; its first argument is the block's hidden states.
     """
 
     model: str
@@ -230,7 +236,8 @@ class Family:
     about: str = ""
     text: Callable[[Site, Layout], int] = lambda site, layout: layout.text if site.joint else 0
     levels: Callable[[nn.Module], dict[str, int]] | None = None
-    time: Callable[..., float] | None = None
+    time: Callable[..., Tensor] | None = None
+    norm: Callable[[str], str] = lambda name: f"{name.rpartition('.')[0]}.norm1"
     processors: Mapping[str, type[Processor]] = field(default_factory=dict)
 
     def processor_of(self, attn: nn.Module) -> Processor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..call import Layout, Site
@@ -85,10 +86,17 @@ def unet_levels(model: nn.Module) -> dict[str, int]:
     return {name: depth - finest for name, depth in depths.items()}
 
 
-def thousandths(model: HostLayer, args: tuple, kwargs: dict, position: int = 1) -> float:
+def thousandths(model: HostLayer, args: tuple, kwargs: dict, position: int = 1) -> Tensor:
     """Time of hosts whose `timestep` runs from 1000 (noise) to 0."""
     time = argument(args, kwargs, position, "timestep")
-    return float(time.flatten()[0] if isinstance(time, Tensor) else time) / 1000
+    # in this order: not every device has float64
+    time = time.flatten()[0].cpu().double() if isinstance(time, Tensor) else torch.tensor(time, dtype=torch.float64)
+    return time / 1000
+
+
+def block_norm(name: str) -> str:
+    """`attn1` has `norm1` in front of it, `attn2` (where it is self-attention) `norm2`."""
+    return f"{name.rpartition('.')[0]}.norm{name[-1]}"
 
 
 def patch_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
@@ -125,6 +133,7 @@ UNET = Family(
     stock=STOCK,
     levels=unet_levels,
     time=thousandths,
+    norm=block_norm,
 )
 
 MOTION_UNET = replace(UNET, model="UNetMotionModel", about="AnimateDiff: spatial self-attention, each frame a picture")

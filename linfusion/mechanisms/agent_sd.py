@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..call import AttnCall, Merged, Site
 from ..kernels import agent_attention
-from ..kernels.merge import merge_plans
+from ..kernels.merge import merge, merge_slots, tokens_left, unmerge
 from .base import Mechanism, MechanismConfig
 
 
@@ -21,10 +22,10 @@ class AgentSD(MechanismConfig):
     """Token merging, and while the picture's layout forms, attention through a few merged tokens (agents).
 
     Training-free and meant for UNets, where it acts on the layers of the finest attention grid only (half the latents'
-    in SDXL). Similarity is measured on the layer's input, after the block's norm. Early steps:
-    `softmax(s^agent_power Q A^T) softmax(s A K^T) V + shortcut V` over merged tokens, s = D^-0.5, A the queries of
-    tokens merged further; late steps: softmax attention over merged tokens. Defaults are the published settings (there,
-    SD 1.5 in 50 steps: FID 28.15, 28.84 untouched).
+    in SDXL), of the picture alone. As in the published code, similarity is measured before the norm in front of the
+    layer, and tokens are merged after it. Early steps: `softmax(s^agent_power Q A^T) softmax(s A K^T) V + shortcut V`
+    over merged tokens, s = D^-0.5, A the queries of tokens merged further; late steps: softmax attention over merged
+    tokens. Defaults are the published settings (there, SD 1.5 in 50 steps: FID 28.15, 28.84 untouched).
 
     Args:
         early: share of the noise schedule, from pure noise on, with agents. The timestep tells, so with evenly spaced
@@ -60,14 +61,14 @@ class AgentSD(MechanismConfig):
                 raise ValueError(f"{name} must be a number, got {value!r}.")
 
     def passes(self, site: Site) -> str | None:
-        return "AgentSD acts on the finest grid only" if site.level else None
+        if site.joint:
+            return (
+                "AgentSD reaches keys only through merged picture tokens, which gives the text in this layer's "
+                "sequence no queries of its own. Agent keeps text exact."
+            )
+        return "AgentSD acts on the finest grid only." if site.level else None
 
     def build(self, site: Site) -> Mechanism:
-        if site.joint:
-            raise NotImplementedError(
-                f"{site.name}: AgentSD reaches keys only through merged picture tokens, which gives the text in this "
-                "layer's sequence no queries of its own. Agent keeps text exact."
-            )
         if site.rotary:
             raise NotImplementedError(
                 f"{site.name}: AgentSD merges tokens before the projections, and a merged token stands at no grid "
@@ -82,21 +83,33 @@ class AgentSD(MechanismConfig):
 
 class AgentSDAttention(Mechanism):
     config: AgentSD
-    needs = frozenset({"grid", "time"})
+    needs = frozenset({"grid", "time", "stream"})
     merges_tokens = True
 
+    def __init__(self, config: AgentSD, site: Site) -> None:
+        super().__init__(config, site)
+        self.salt = zlib.crc32(site.name.encode())
+
     def merge(self, x: Tensor) -> Merged:
-        config, time, grid = self.config, self.clock.time, self.layout.grid
-        assert time is not None and isinstance(grid, tuple)  # the processor has checked `needs`
-        early, tokens = time >= 1 - config.early, x.shape[1]
-        counts = int(config.merge * tokens), int(config.agent_merge * tokens)
+        config, time, grid, hidden = self.config, self.clock.time, self.layout.grid, self.stream.take()
+        assert time is not None and isinstance(grid, tuple) and hidden is not None  # the processor has checked `needs`
+        early = self.early()
+        few, fewer = self.left(grid, config.cell)
+        if torch.compiler.is_compiling():  # one graph for all steps: it makes agents for late ones too
+            if few != self.left(grid, config.late_cell)[0]:
+                raise NotImplementedError(
+                    "In one graph AgentSD has to leave equally many tokens in early and in late steps; with "
+                    f"merge={config.merge} it does not. Use less, or torch.compile without fullgraph."
+                )
+        elif not early:
+            few, fewer = self.left(grid, config.late_cell)
+        cell = torch.where(early, config.cell, config.late_cell)
         # another draw for each step and layer, the same draw whenever this one is run again
-        seed = zlib.crc32(f"{self.site.name} {time:.6f}".encode())
-        cell = config.cell if early else config.late_cell
-        few, fewer = merge_plans(x, grid=(grid[0], grid[1]), cell=cell, counts=counts, seed=seed)
+        seed = (time * 1e6).round().long() + self.salt
+        slots, more = merge_slots(hidden, grid=grid, cell=cell, left=(few, fewer), seed=seed)
         # agents pay where two passes over them cost less than one over all tokens
-        agents = fewer.merge(x) if early and 2 * fewer.tokens < few.tokens else None
-        return Merged(few.merge(x), agents, few.unmerge)
+        agents = 2 * fewer < few and (torch.compiler.is_compiling() or bool(early))
+        return Merged(merge(x, slots, few), merge(x, more, fewer) if agents else None, partial(unmerge, slots=slots))
 
     def forward(self, call: AttnCall) -> Tensor:
         q, k = call.rotated()  # only norms: no layer that rotates is taken
@@ -104,18 +117,35 @@ class AgentSDAttention(Mechanism):
             return call.exact(q, k, call.v)
         agents = (call.agents if call.norms is None else call.norms.q(call.agents)).to(q.dtype)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        out = agent_attention(q, k, call.v, agents, scale=scale, agent_scale=scale**self.config.agent_power)
-        return torch.add(out, call.v, alpha=self.config.shortcut)
+
+        def through_agents(q: Tensor, k: Tensor, v: Tensor, agents: Tensor) -> Tensor:
+            out = agent_attention(q, k, v, agents, scale=scale, agent_scale=scale**self.config.agent_power)
+            return torch.add(out, v, alpha=self.config.shortcut)
+
+        if not torch.compiler.is_compiling():
+            return through_agents(q, k, call.v, agents)
+
+        def exact(q: Tensor, k: Tensor, v: Tensor, agents: Tensor) -> Tensor:
+            return call.exact(q, k, v)
+
+        return torch.cond(self.early(), through_agents, exact, (q, k, call.v, agents))
+
+    def early(self) -> Tensor:
+        """Whether the latest forward's step is one with agents."""
+        assert self.clock.time is not None
+        return self.clock.time >= 1 - self.config.early
+
+    def left(self, grid: tuple[int, ...], cell: int) -> tuple[int, int]:
+        """Tokens that are left for queries, keys and values, and agents."""
+        config, tokens = self.config, grid[0] * grid[1]
+        counts = int(config.merge * tokens), int(config.agent_merge * tokens)
+        few, fewer = (tokens_left(count, grid=grid, cell=cell) for count in counts)
+        # plain numbers also where shapes are symbols: torch.cond takes no shapes made of those
+        return len(range(few)), len(range(fewer))
 
     def pairs(self, grid: tuple[int, ...], text: int) -> float:
         """Over the whole schedule: early and late steps in their shares."""
-        config, n = self.config, math.prod(grid)
-
-        def left(share: float, cell: int) -> int:
-            targets = (grid[0] // cell) * (grid[1] // cell)
-            return n - min(int(share * n), n - targets)
-
-        tokens, agents = left(config.merge, config.cell), left(config.agent_merge, config.cell)
-        late = left(config.merge, config.late_cell) ** 2
-        early = 2 * agents * tokens if 2 * agents < tokens else tokens**2
-        return config.early * early + (1 - config.early) * late
+        few, fewer = self.left(grid, self.config.cell)
+        late = self.left(grid, self.config.late_cell)[0] ** 2
+        early = 2 * fewer * few if 2 * fewer < few else few**2
+        return self.config.early * early + (1 - self.config.early) * late

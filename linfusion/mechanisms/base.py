@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..call import AttnCall, Clock, Layout, Merged, Site
+from ..call import AttnCall, Clock, Layout, Merged, Site, Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,10 @@ class MechanismConfig:
     name: ClassVar[str]
 
     def passes(self, site: Site) -> str | None:
-        """Why this mechanism leaves the layer as it is; None where it takes it."""
+        """Why this mechanism leaves the layer as it is, a sentence; None where it takes it.
+
+        A model in which it leaves all layers is refused with that reason.
+        """
         return None
 
     def build(self, site: Site) -> Mechanism:
@@ -48,7 +51,7 @@ class Mechanism(nn.Module):
     """A layer's attention. Lives at `attention_layer.linfusion`, so that the host's own hooks reach its parameters.
 
     Attributes:
-        needs: what the family must supply: any of "grid", "time".
+        needs: what the family must supply: any of "grid", "time", "stream".
         honours_mask: whether a mask of the whole sequence can be used.
         honours_backend: whether the host's attention backend does the work.
         changes_input: whether `features` does anything.
@@ -56,6 +59,7 @@ class Mechanism(nn.Module):
         layout: what the host's latest forward said about its sequence.
         clock: and about its place on the noise schedule.
         fuse_prologue: whether one kernel may do the host's norms and rotation where it can run.
+        stream: what the layer's input was before its norm.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -66,6 +70,7 @@ class Mechanism(nn.Module):
     layout: Layout
     clock: Clock
     fuse_prologue: bool = True
+    stream: Stream
 
     def __init__(self, config: MechanismConfig, site: Site) -> None:
         super().__init__()
@@ -73,6 +78,7 @@ class Mechanism(nn.Module):
         self.site = site
         self.layout = Layout()
         self.clock = Clock()
+        self.stream = Stream()
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs of the host's query and key projections, from the image's hidden states `[B, N, C]`."""

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import linfusion as lf
-from linfusion.kernels.merge import merge_plans
+from linfusion.kernels.merge import merge, merge_slots, unmerge
 
 from ..models import HOSTS, forward, gap
 
@@ -23,13 +23,19 @@ def wide_unet():
     return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
+def hidden(args, kwargs):
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def record(model, inputs):
-    """`{layer: (hidden states, output)}` of one forward."""
+    """`{layer: (hidden states, output)}` of one forward, blocks that hold one as well."""
     seen = {}
+    layers = [n for n, m in model.named_modules() if hasattr(m, "linfusion")]
     handles = [
-        m.register_forward_hook(lambda m, args, kw, out, n=n: seen.update({n: (args[0], out)}), with_kwargs=True)
-        for n, m in model.named_modules()
-        if hasattr(m, "linfusion")
+        model.get_submodule(n).register_forward_hook(
+            lambda m, args, kw, out, n=n: seen.update({n: (hidden(args, kw), out)}), with_kwargs=True
+        )
+        for n in (*layers, *(n.rpartition(".")[0] for n in layers))
     ]
     forward(model, inputs)
     for handle in handles:
@@ -47,8 +53,8 @@ def softmax(q, k, v, scale):
 
 def published(attn, x, early, plans):
     """reference: the paper's two softmaxes over merged tokens, s^0.3 in the second, 0.075 of the values added."""
-    few, fewer = plans
-    x, agents = few.merge(x), fewer.merge(x)
+    (few, fewer), left = plans
+    x, agents = merge(x, few, left[0]), merge(x, fewer, left[1])
     q, k, v = (heads(to(x), attn.heads) for to in (attn.to_q, attn.to_k, attn.to_v))
     scale = q.shape[-1] ** -0.5
     if early:
@@ -56,27 +62,52 @@ def published(attn, x, early, plans):
         out = softmax(q, a, softmax(a, k, v, scale), q.shape[-1] ** -0.15) + 0.075 * v
     else:
         out = softmax(q, k, v, scale)
-    return few.unmerge(attn.to_out[0](out.transpose(1, 2).flatten(2)))
+    return unmerge(attn.to_out[0](out.transpose(1, 2).flatten(2)), few)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Every plan that was made: what it was measured on, the settings, the slots."""
+    from linfusion.mechanisms import agent_sd
+
+    made = []
+    monkeypatch.setattr(agent_sd, "merge_slots", lambda x, **k: made.append((x, k, merge_slots(x, **k))) or made[-1][2])
+    return made
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
-def test_agent_sd_is_the_published_formula(early, monkeypatch):
+def test_agent_sd_is_the_published_formula(early, made):
     model, inputs = unet()
     lf.apply(model, SETTINGS)
-    made = []
-    from linfusion.mechanisms import agent_sd
-
-    monkeypatch.setattr(agent_sd, "merge_plans", lambda *a, **k: made.append((merge_plans(*a, **k), k)) or made[-1][0])
     seen = record(model, inputs | {"timestep": EARLY if early else LATE})
-    assert len(seen) == len(made) == 3
+    layers = [name for name in seen if hasattr(model.get_submodule(name), "linfusion")]
+    assert len(layers) == len(made) == 3
+    few = 384 - int(0.4 * 384)
+    fewer = 4 * 6 if early else 8 * 12  # int(0.95 * 384) would leave less than one in each cell
     with torch.no_grad():
-        for (name, (x, out)), (plans, settings) in zip(seen.items(), made, strict=True):
+        for name, (_, settings, slots) in zip(layers, made, strict=True):
             assert settings["grid"] == (16, 24) and settings["cell"] == (4 if early else 2)
-            assert settings["counts"] == (int(0.4 * 384), int(0.95 * 384))
-            want = published(model.get_submodule(name), x, early, plans)
-            assert gap(out, want) < 1e-5
+            assert settings["left"] == (few, fewer)
+            (x, out), plans = seen[name], (slots, settings["left"])
+            assert gap(out, published(model.get_submodule(name), x, early, plans)) < 1e-5
             assert gap(out, published(model.get_submodule(name), x, not early, plans)) > 1e-3
-    assert len({settings["seed"] for _, settings in made}) == 3, "each layer draws its own targets"
+    assert len({int(settings["seed"]) for _, settings, _ in made}) == 3, "each layer draws its own targets"
+
+
+@pytest.mark.parametrize("name", ["unet-sd15", "sd3.5"])
+def test_similarity_is_measured_before_the_norm(name, made):
+    """The block's hidden states, which no layer sees, decide; merged is what comes out of the norm."""
+    model, inputs = HOSTS[name].build(), HOSTS[name].inputs(6, 9)
+    lf.apply(model, lf.AgentSD(cell=2))
+    seen = record(model, inputs | {"timestep": EARLY.expand(2)})
+    layers = [name for name in seen if hasattr(model.get_submodule(name), "linfusion")]
+    for name, (measured, settings, slots) in zip(layers, made, strict=True):
+        (block, _), (normed, _) = seen[name.rpartition(".")[0]], seen[name]
+        assert torch.equal(measured, block)
+        assert not torch.equal(merge_slots(normed, **settings), slots)
+        assert model.get_submodule(name).linfusion.stream.hidden is None, "nothing is kept"
+    lf.restore(model)
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_only_the_finest_layers():
@@ -86,8 +117,8 @@ def test_only_the_finest_layers():
     on = {r.layer for r in lf.describe(model).layers if r.mechanism}
     assert on and not any(name.startswith("mid") for name in on)
     reasons = {r.layer: r.reason for r in lf.describe(model).layers}
-    assert reasons["mid_block.attentions.0.transformer_blocks.0.attn1"] == "AgentSD acts on the finest grid only"
-    with pytest.raises(ValueError, match="Nothing is left to replace: AgentSD acts on the finest grid only"):
+    assert reasons["mid_block.attentions.0.transformer_blocks.0.attn1"] == "AgentSD acts on the finest grid only."
+    with pytest.raises(NotImplementedError, match=r"mid_block\S+attn1: AgentSD acts on the finest grid only"):
         lf.apply(model, SETTINGS, layers="mid_block.*")
 
 
@@ -140,11 +171,30 @@ def test_called_without_the_model_or_on_too_small_a_grid():
     lf.apply(model, SETTINGS)
     with pytest.raises(ValueError, match="timestep"):
         model.down_blocks[0].attentions[0](torch.randn(1, 16, 8, 8), torch.randn(1, 7, 16))
+    forward(model, inputs)
+    with pytest.raises(ValueError, match=r"before the layer's norm"):
+        model.down_blocks[0].attentions[0].transformer_blocks[0].attn1(torch.randn(1, 64, 16))
     with pytest.raises(ValueError, match=r"no 4 x 4 cell"):
         forward(model, HOSTS["unet-sd15"].inputs(2, 20) | {"timestep": EARLY})
 
 
-def test_hosts_with_text_in_the_sequence_refuse_it():
+def test_layers_with_text_are_left_as_they_are():
+    """SD3.5's second attention is of the picture alone."""
+    model, inputs = HOSTS["sd3.5"].build(), HOSTS["sd3.5"].inputs(6, 9) | {"timestep": torch.tensor([EARLY, EARLY])}
+    stock = forward(model, inputs)
+    lf.apply(model, lf.AgentSD(cell=2))
+    changed = forward(model, inputs)
+    assert gap(changed, stock) > 1e-2
+    for line in lf.describe(model).layers:
+        assert (line.mechanism is not None) == line.layer.endswith(".attn2")
+        assert line.mechanism or "gives the text in this layer's sequence no queries" in line.reason
+    alone = HOSTS["sd3.5"].build()
+    assert torch.equal(forward(lf.apply(alone, lf.AgentSD(cell=2), layers="*.attn2"), inputs), changed)
+    with pytest.raises(NotImplementedError, match=r"blocks\.0\.attn: AgentSD reaches keys only"):
+        lf.apply(alone, lf.AgentSD(cell=2), layers="*.attn")
+
+
+def test_hosts_with_text_in_every_sequence_refuse_it():
     model = HOSTS["flux"].build()
     with pytest.raises(NotImplementedError, match=r"text in this layer's sequence"):
         lf.apply(model, SETTINGS)
