@@ -78,7 +78,7 @@ def _slots_op(x: Tensor, cell: Tensor, seed: Tensor, grid: Sequence[int], left: 
 
 
 @_slots_op.register_fake
-def _(x, cell, seed, grid, left):
+def _(x: Tensor, cell: int, seed: int, grid: list[int], left: list[int]) -> Tensor:
     return x.new_empty((len(left), *x.shape[:2]), dtype=torch.int64)
 
 
