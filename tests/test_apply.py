@@ -411,29 +411,6 @@ def test_foreign_processors_are_refused(name):
     before.check(model)
 
 
-@pytest.mark.parametrize("name", ["unet-sd15", "pixart"])
-def test_fused_projections_are_refused(name):
-    tiny = TINY[name]
-    model = tiny.build()
-    model.fuse_qkv_projections()
-    before = State(model, tiny.inputs(6, 9))
-    with pytest.raises(NotImplementedError, match=r"FusedAttnProcessor2_0.*fused projections"):
-        lf.apply(model, lf.CLEAR(2))
-    before.check(model)
-    model.unfuse_qkv_projections()
-    lf.apply(model, lf.CLEAR(2))
-
-
-def test_fused_projections_of_flux_keep_working():
-    """FLUX keeps `to_q` beside the fused matrix, and its processor."""
-    tiny = TINY["flux"]
-    model, inputs = tiny.build(), tiny.inputs(6, 9)
-    model.fuse_qkv_projections()
-    stock = forward(model, inputs)
-    lf.apply(model, lf.Softmax())
-    assert gap(forward(model, inputs), stock) < 1e-5
-
-
 def test_context_parallelism_is_refused(model, before):
     model._parallel_config = SimpleNamespace(context_parallel_config=object())
     with pytest.raises(NotImplementedError, match="Context parallelism"):
