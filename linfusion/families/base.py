@@ -47,7 +47,7 @@ class Processor:
         if not mechanism.honours_backend and not is_default_backend(self._attention_backend):
             raise ValueError(
                 f"{name} computes attention itself, so the attention backend {backend_name(self._attention_backend)!r} "
-                "has no effect. Call model.reset_attention_backend(), or use Softmax() to keep the backend."
+                "has no effect. Call model.reset_attention_backend(), or leave the layer out with layers= to keep it."
             )
         if self._parallel_config is not None:
             raise NotImplementedError(f"{name} under context parallelism would see only this rank's tokens.")
