@@ -15,7 +15,7 @@ def dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", [n for n in ("sd3.5", "qwen-padded", "flux2") if n in HOSTS])
+@pytest.mark.parametrize("name", [n for n in ("sd3.5", "chroma-padded", "qwen-padded", "flux2") if n in HOSTS])
 def test_one_graph_and_the_same_answer(name):
     """A window in some layers and a linear mechanism in the others, trained a little; another grid is its own."""
     tiny = HOSTS[name]
