@@ -1,6 +1,7 @@
 """What people do with a host while a mechanism is on: LoRA, offload, compile, training, copies, files, backends."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -630,6 +631,7 @@ def half_error(tiny, change, dtype, choices=None):
     return ((out.float() - exact).square().mean() / exact.square().mean()).item()
 
 
+@functools.cache
 def half_bound(tiny, dtype):
     """The tiny hosts amplify rounding on purpose, so the host's own error is the measure."""
     return 3 * half_error(tiny, lambda m: m, dtype) + 1e-3
