@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, read_adapter, swap_host
 from .call import Clock, Layout, Site, Stream
 from .families import Family, family_of
-from .families.base import Processor, backend_name, is_default_backend
+from .families.base import Processor, backend_name, check_fused, is_default_backend
 from .mechanisms import Mechanism, MechanismConfig
 from .offload import without_sequential_offload
 
@@ -234,11 +234,13 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
 
 def _entry(family: Family, site: Site, attn: nn.Module, config: MechanismConfig, original: Any) -> Entry:
     if type(original).__name__ not in family.stock:
+        fused = getattr(attn, "fused_projections", False)
         raise NotImplementedError(
             f"{site.name} has a {type(original).__name__}, which {type(config).__name__} cannot stand in for (fused "
-            "projections, PAG, IP-Adapter or another plugin). Leave such layers out with layers=, or set the model's "
-            "default processors first."
+            "projections, PAG, IP-Adapter or another plugin). Leave such layers out with layers=, or "
+            + ("call model.unfuse_qkv_projections() first." if fused else "set the model's default processors first.")
         )
+    check_fused(site.name, attn)
     family.check(site.name, attn)
     mechanism = config.build(site)
     backend = getattr(original, "_attention_backend", None)

@@ -17,7 +17,20 @@ from .models import TINY, forward, gap, processors
 
 apply_module = sys.modules["linfusion.apply"]  # `linfusion.apply` itself is the function
 
-CONFIGS = [lf.Softmax(), lf.LinFusion(mid_dim=4), lf.CLEAR(3), lf.CLEAR(2, pool=2), lf.LiT(), lf.Agent(6)]
+CONFIGS = [
+    lf.Softmax(), lf.LinFusion(mid_dim=4), lf.CLEAR(3), lf.CLEAR(2, pool=2), lf.SLA(topk=0.4, block_q=16, block_k=16),
+    lf.LiT(), lf.Agent(6),
+]  # fmt: skip
+CELLS = [(host, config) for host in TINY for config in CONFIGS]
+CELLS += [(host, lf.AgentSD(cell=2)) for host in TINY if host != "flux"]  # which has text in every sequence
+everywhere = pytest.mark.parametrize(
+    ("tiny", "config"), [pytest.param(h, c, id=f"{h}-{c}") for h, c in CELLS], indirect=["tiny"]
+)
+"""Every mechanism on every host that takes it."""
+
+
+def test_no_mechanism_is_forgotten():
+    assert {c.name for _, c in CELLS} == set(lf.mechanisms())
 
 
 class State:
@@ -53,7 +66,7 @@ def before(model, inputs):
     return State(model, inputs)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+@everywhere
 def test_restore_leaves_no_trace(model, inputs, before, config):
     assert lf.apply(model, config) is model
     forward(model, inputs)
@@ -203,13 +216,18 @@ def test_a_pipeline_of_two_models_changes_both_or_none(monkeypatch):
 # diffusers' own call
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+@everywhere
 def test_the_native_call_is_apply(tiny, model, inputs, before, config):
+    other = tiny.build()
     torch.manual_seed(3)
-    want = forward(lf.apply(tiny.build(), config), inputs)
+    lf.apply(other, config)
+    torch.manual_seed(3)
     model.set_attn_processor(lf.attn_processors(model, config))
-    assert torch.equal(forward(model, inputs), want)
-    assert lf.describe(model).replaced == tiny.layers
+    assert torch.equal(forward(model, inputs), forward(other, inputs))
+    if isinstance(config, lf.AgentSD):  # takes the finest layers only
+        assert lf.describe(model).replaced == lf.describe(other).replaced > 0
+    else:
+        assert lf.describe(model).replaced == tiny.layers
     lf.restore(model)
     before.check(model)
 
@@ -409,29 +427,6 @@ def test_foreign_processors_are_refused(name):
     assert all(report[n].mechanism for n in others)
     lf.restore(model)
     before.check(model)
-
-
-@pytest.mark.parametrize("name", ["unet-sd15", "pixart"])
-def test_fused_projections_are_refused(name):
-    tiny = TINY[name]
-    model = tiny.build()
-    model.fuse_qkv_projections()
-    before = State(model, tiny.inputs(6, 9))
-    with pytest.raises(NotImplementedError, match=r"FusedAttnProcessor2_0.*fused projections"):
-        lf.apply(model, lf.CLEAR(2))
-    before.check(model)
-    model.unfuse_qkv_projections()
-    lf.apply(model, lf.CLEAR(2))
-
-
-def test_fused_projections_of_flux_keep_working():
-    """FLUX keeps `to_q` beside the fused matrix, and its processor."""
-    tiny = TINY["flux"]
-    model, inputs = tiny.build(), tiny.inputs(6, 9)
-    model.fuse_qkv_projections()
-    stock = forward(model, inputs)
-    lf.apply(model, lf.Softmax())
-    assert gap(forward(model, inputs), stock) < 1e-5
 
 
 def test_context_parallelism_is_refused(model, before):

@@ -1,7 +1,9 @@
 """The shape of the code: arrows never point up, files stay small, and our `kernels/` gets in nobody's way."""
 
 import ast
+import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,15 +115,91 @@ def test_nothing_imports_the_command_line():
     assert users in ([], ["linfusion.__main__"])
 
 
-def test_mechanisms_know_no_family_by_name():
-    """Nor the other way round: N + M, not N x M."""
+def words(source: str) -> set[str]:
+    """Every identifier, keyword and string of a module; texts that stand by themselves (docstrings) left out."""
+    tree, found = ast.parse(source), set()
+    texts = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+    for node in ast.walk(tree):
+        named = [getattr(node, field, None) for field in ("id", "attr", "name", "asname", "arg", "module")]
+        found |= {name for name in named if isinstance(name, str)}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            found.add(node.value)
+    return found
+
+
+def mentions(source: str, names: set[str]) -> set[str]:
+    """Which names stand in a module's words: as they are or in lower case, alone or as a part (`SD3Block`, `sd3_x`)."""
+    return {
+        name
+        for name in names
+        for word in words(source)
+        if re.search(rf"(?<![A-Za-z0-9]){name}(?![a-z0-9])|(?<![A-Za-z0-9]){name.lower()}(?![A-Za-z0-9])", word)
+    }
+
+
+def family_names() -> set[str]:
+    """Model classes, their names without what all models have, their stock processors, and layers' own names."""
     import linfusion as lf
 
+    names = {"UNet", "ControlNet", "Qwen", "Hunyuan", "LTX", "Lumina", "Transformer2DModel"}
+    names |= {"BasicTransformerBlock", "diffusers", "attn1", "attn2", "transformer_blocks", "to_q", "to_k", "to_v"}
+    for model, family in lf.families().items():
+        shorter = re.split("Transformer|ControlNet|2D|3D|Model|Motion|SpatioTemporal", model)[0]
+        names |= {model, *family.stock, *family.processors, shorter} - {""}
+    return names
+
+
+def mechanism_names() -> set[str]:
+    """Config classes, modules, and names on disk; `linfusion` is the package's and the child's name as well."""
+    import linfusion as lf
+
+    configs = lf.mechanisms()
+    modules = {f"{c.__name__}Attention" for c in configs.values()}
+    return {c.__name__ for c in configs.values()} - {"LinFusion"} | modules | set(configs) - {"linfusion"}
+
+
+def test_mentions_are_found():
+    """The two rules below are only worth what this finds."""
+    for said in ('x == "FluxTransformer2DModel"', "import sd3", "SD3Block()", "a.flux_layers", "f(unet=1)", "{'WAN'}"):
+        assert mentions(said.replace("WAN", "Wan"), family_names()), said
+    for said in (
+        'c.name == "clear"',
+        "type(m).__name__ == 'SLA'",
+        "CLEAR(2)",
+        "from m import lit",
+        "f('use LiT() here')",
+    ):
+        assert mentions(said, mechanism_names()), said
+    assert not mentions('"""Flux."""\nclass A:\n    x = 1\n    """As SD3 has it."""\n', family_names())
+    assert not mentions("wanted, fluxes = united, clearly\nagents = reagent", family_names() | mechanism_names())
+    assert {"Flux", "SD3", "Wan", "UNet", "DiT", "PixArt", "ZImage", "FluxAttnProcessor"} <= family_names()
+
+
+def test_mechanisms_know_no_family_by_name():
+    """Nor the other way round: N + M, not N x M."""
     for name, path in MODULES.items():
         if under(name, "linfusion.mechanisms"):
-            assert not any(f'"{family}"' in path.read_text() for family in lf.families()), name
-        if under(name, "linfusion.families") and name != "linfusion.families":
-            assert not {c.__name__ for c in lf.mechanisms().values()} & names_used(path), name
+            assert not mentions(path.read_text(), family_names()), name
+
+
+def test_families_know_no_mechanism_by_name():
+    import linfusion as lf
+
+    settings = {f.name for c in lf.mechanisms().values() for f in dataclasses.fields(c)}
+    for name, path in MODULES.items():
+        if not under(name, "linfusion.families"):
+            continue
+        source = path.read_text()
+        found = mentions(source, mechanism_names()) | ({"LinFusion"} & words(source))
+        assert not found, name
+        read = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute) and is_config(n.value)]
+        assert not {n.attr for n in read} & settings, name  # `mechanism.config.radius`
+        ours = {t for t in imports(name) if under(t, "linfusion.mechanisms")}
+        assert ours <= {"linfusion.mechanisms"}, name
+
+
+def is_config(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "config"
 
 
 def names_used(path: Path) -> set[str]:

@@ -13,16 +13,15 @@ from PIL import Image
 
 import linfusion as lf
 
+from .families.matrix import CONFIGS
 from .models import HOSTS, TINY, forward, gap, noise, processors
 from .models.parts import stable_diffusion
 
-CONFIGS = [lf.Softmax(), lf.CLEAR(2), lf.LinFusion(mid_dim=4)]
-NAMES = ["softmax", "clear", "linfusion"]
 
-
-@pytest.fixture(params=CONFIGS, ids=NAMES)
+@pytest.fixture(params=CONFIGS)
 def config(request):
-    return request.param
+    """Each mechanism in turn."""
+    return CONFIGS[request.param]
 
 
 @pytest.fixture
@@ -141,6 +140,7 @@ CACHES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("config", [c for name, c in CONFIGS.items() if name != "agent-sd"], ids=str)
 @pytest.mark.parametrize("cache", CACHES)
 def test_caches_on_top(cache, config):
     """diffusers' own caches skip blocks or whole attention layers: what they keep is the mechanism's output."""
@@ -190,7 +190,7 @@ def test_ip_adapter(name, order):
     stock = forward(stock_model, inputs)
     assert gap(stock, plain) > 1e-2
     outs = {}
-    for config in (lf.Softmax(), lf.CLEAR(2)):
+    for config in CONFIGS.values():
         model = tiny.build()
         for step in (
             lambda m=model: m._load_ip_adapter_weights(ip_adapter(m), low_cpu_mem_usage=False),
@@ -199,11 +199,11 @@ def test_ip_adapter(name, order):
             step()
         outs[config.name] = forward(model, inputs)
         report = lf.describe(model)
-        assert report.replaced == tiny.layers
+        assert report.replaced == tiny.layers or (report.replaced > 0 and config.name == "agent-sd")
         lf.restore(model)
         assert torch.equal(forward(model, inputs), stock)
-    assert torch.equal(outs["softmax"], stock)
-    assert gap(outs["clear"], stock) > 1e-2
+    assert torch.equal(outs.pop("softmax"), stock)
+    assert min(gap(out, stock) for out in outs.values()) > 1e-2
 
 
 @pytest.mark.parametrize("order", ["ip-first", "ip-second"])

@@ -47,7 +47,7 @@ class Processor:
         if not mechanism.honours_backend and not is_default_backend(self._attention_backend):
             raise ValueError(
                 f"{name} computes attention itself, so the attention backend {backend_name(self._attention_backend)!r} "
-                "has no effect. Call model.reset_attention_backend(), or use Softmax() to keep the backend."
+                "has no effect. Call model.reset_attention_backend(), or leave the layer out with layers= to keep it."
             )
         if self._parallel_config is not None:
             raise NotImplementedError(f"{name} under context parallelism would see only this rank's tokens.")
@@ -261,6 +261,39 @@ def rms_norm(module: nn.Module | None, x: Tensor) -> tuple[float | None, Tensor 
     if weight is not None and (weight.device != x.device or weight.dtype != x.dtype or weight.ndim != 1):
         return None
     return eps, weight
+
+
+# what `fuse_qkv_projections` makes, of what
+FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
+
+
+def check_fused(name: str, attn: HostLayer) -> None:
+    """NotImplementedError where a layer's fused projections are no longer what `to_q`, `to_k`, `to_v` are.
+
+    Newer hosts keep those beside the fused matrix, and processors here call them; LoRAs and training reach one of both.
+    """
+    if not getattr(attn, "fused_projections", False):
+        return
+    for whole, parts in FUSED.items():
+        fused = getattr(attn, whole, None)
+        if fused is not None and not is_joined(fused, [getattr(attn, part) for part in parts]):
+            raise NotImplementedError(
+                f"{name}: the fused {whole} is not {', '.join(parts)} side by side (it, or they, have a LoRA or were "
+                "trained), so one of them would be ignored. Call model.unfuse_qkv_projections() first."
+            )
+
+
+def is_joined(fused: nn.Module, parts: list[nn.Module]) -> bool:
+    """Whether a plain layer does what plain `parts` do; offloaded values cannot be told apart and count as equal."""
+    linears = [m for m in (fused, *parts) if type(m) is nn.Linear]
+    if len(linears) <= len(parts) or len({m.bias is None for m in linears}) > 1:
+        return False
+    if any(m.weight.is_meta for m in linears):
+        return True
+    joined, *others = linears
+    return torch.equal(joined.weight, torch.cat([m.weight for m in others])) and (
+        joined.bias is None or torch.equal(joined.bias, torch.cat([m.bias for m in others]))
+    )
 
 
 def class_names(module: nn.Module) -> list[str]:

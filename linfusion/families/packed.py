@@ -138,7 +138,7 @@ def lumina2_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[
 
 NO_SINGLE_GRID = (
     "Z-Image with reference pictures, several frames, or pictures of different sizes in one batch has no single token "
-    "grid. Use one picture size a batch, or Softmax()."
+    "grid. Use one picture size a batch, or exact attention."
 )
 
 

@@ -13,6 +13,7 @@ import linfusion as lf
 from linfusion.call import AttnCall
 
 from ..models import HOSTS, TEXT, TINY, Tiny, forward, gap, grids_for, make_unet, noise, processors, unet_inputs
+from .matrix import CONFIGS
 
 pytestmark = pytest.mark.parity
 
@@ -116,10 +117,12 @@ def test_a_mask_is_honoured_or_refused(make):
     assert gap(stock, unmasked) > 1e-2
     lf.apply(model, lf.Softmax())
     assert torch.equal(forward(model, inputs), stock)
-    for config in (lf.CLEAR(radius=100), lf.LinFusion()):
+    for config in (c for c in CONFIGS.values() if not isinstance(c, lf.Softmax)):
         lf.apply(model, config)
         with pytest.raises(ValueError, match=r"attn1.*cannot honour an attention mask"):
             forward(model, inputs)
+        lf.restore(model)
+        assert torch.equal(forward(model, inputs), stock)
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if not lf.families()[tiny.family].joint])
