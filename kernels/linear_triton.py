@@ -24,6 +24,12 @@ def _exp(x):
 
 
 @triton.jit
+def _aligned(stride, ALIGN: tl.constexpr):
+    """A stride that the compiler knows to be a multiple: hints on a kernel's own arguments are dropped unseen."""
+    return stride // ALIGN * ALIGN
+
+
+@triton.jit
 def _load(X, at, stride, rows, cols, left, D: tl.constexpr, ZEROS: tl.constexpr):
     """Rows `[BS, BD]` from token `at` on, `left` of which there are. Past the end come zeros, or else the last row
     again: a mask costs more than it is worth where nothing is made of those rows."""
@@ -176,8 +182,8 @@ def state_kernel(
     part, bh, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows, cols, vcols = tl.arange(0, BS), tl.arange(0, BD), tile * BV + tl.arange(0, BV)
-    kb, ks, kh = tl.multiple_of(kb, ALIGN), tl.multiple_of(ks, ALIGN), tl.multiple_of(kh, ALIGN)
-    vb, vs, vh = tl.multiple_of(vb, ALIGN), tl.multiple_of(vs, ALIGN), tl.multiple_of(vh, ALIGN)
+    kb, ks, kh = _aligned(kb, ALIGN), _aligned(ks, ALIGN), _aligned(kh, ALIGN)
+    vb, vs, vh = _aligned(vb, ALIGN), _aligned(vs, ALIGN), _aligned(vh, ALIGN)
     K += b * kb + h * kh
     V += b * vb + h * vh
     COS += b * cb + h * ch
@@ -254,8 +260,8 @@ def output_kernel(
     part, bh, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows, cols, vcols = tl.arange(0, BS), tl.arange(0, BD), tile * BV + tl.arange(0, BV)
-    qb, qs, qh = tl.multiple_of(qb, ALIGN), tl.multiple_of(qs, ALIGN), tl.multiple_of(qh, ALIGN)
-    ob, os, oh = tl.multiple_of(ob, ALIGN), tl.multiple_of(os, ALIGN), tl.multiple_of(oh, ALIGN)
+    qb, qs, qh = _aligned(qb, ALIGN), _aligned(qs, ALIGN), _aligned(qh, ALIGN)
+    ob, os, oh = _aligned(ob, ALIGN), _aligned(os, ALIGN), _aligned(oh, ALIGN)
     Q += b * qb + h * qh
     OUT += b * ob + h * oh
     COS += b * cb + h * ch
@@ -305,8 +311,8 @@ def query_backward_kernel(
     TILES: tl.constexpr = (D + BV - 1) // BV
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows, cols, vcols = tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BV)
-    qb, qs, qh = tl.multiple_of(qb, ALIGN), tl.multiple_of(qs, ALIGN), tl.multiple_of(qh, ALIGN)
-    gb, gs, gh = tl.multiple_of(gb, ALIGN), tl.multiple_of(gs, ALIGN), tl.multiple_of(gh, ALIGN)
+    qb, qs, qh = _aligned(qb, ALIGN), _aligned(qs, ALIGN), _aligned(qh, ALIGN)
+    gb, gs, gh = _aligned(gb, ALIGN), _aligned(gs, ALIGN), _aligned(gh, ALIGN)
     Q += b * qb + h * qh
     G += b * gb + h * gh
     COS += b * cb + h * ch
@@ -369,8 +375,8 @@ def key_backward_kernel(
     TILES: tl.constexpr = (D + BV - 1) // BV
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows, cols = tl.arange(0, BS), tl.arange(0, BD)
-    kb, ks, kh = tl.multiple_of(kb, ALIGN), tl.multiple_of(ks, ALIGN), tl.multiple_of(kh, ALIGN)
-    vb, vs, vh = tl.multiple_of(vb, ALIGN), tl.multiple_of(vs, ALIGN), tl.multiple_of(vh, ALIGN)
+    kb, ks, kh = _aligned(kb, ALIGN), _aligned(ks, ALIGN), _aligned(kh, ALIGN)
+    vb, vs, vh = _aligned(vb, ALIGN), _aligned(vs, ALIGN), _aligned(vh, ALIGN)
     K += b * kb + h * kh
     V += b * vb + h * vh
     COS += b * cb + h * ch
