@@ -6,7 +6,7 @@ from torch import Tensor
 from . import reference
 from .backend import why_not_triton
 from .checks import check_linear, split_heads
-from .linear_launch import forward, linear_attention_op
+from .linear_launch import forward, forward_with_gradients, linear_attention_op
 from .rotary import RopeTables
 
 
@@ -73,10 +73,10 @@ def linear_attention(
     weight, count = _weights(key_mask, key_weight, k)
     cos, sin, interleaved = (None, None, True) if rope is None else rope.to(q.device)
     arguments = (q, k, v, weight, count, cos, sin, interleaved, feature_map, normalize, float(eps), float(scale))
+    if torch.compiler.is_compiling():
+        return linear_attention_op(*arguments)[0]
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    # the operator costs more time than a small kernel, and only compile and autograd need it
-    run = linear_attention_op if wanted or torch.compiler.is_compiling() else forward
-    return run(*arguments)[0]
+    return (forward_with_gradients if wanted else forward)(*arguments)[0]
 
 
 def _suits_kernels(v: Tensor, rope: RopeTables | None, key_weight: Tensor | None) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, multiprocessors
+from .eager import differentiable
 from .launch import launch
 
 if HAS_TRITON:
@@ -235,10 +237,11 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(run: Callable[..., tuple], ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 12
-    return *linear_attention_backward_op(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 9
+    return *run(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 9
 
 
-linear_attention_op.register_autograd(_backward, setup_context=_setup)
+linear_attention_op.register_autograd(functools.partial(_backward, linear_attention_backward_op), setup_context=_setup)
+forward_with_gradients = differentiable(forward, _setup, functools.partial(_backward, backward))

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import reference
 from .backend import why_not_triton
 from .checks import check_prologue
-from .prologue_launch import _rows, forward, prologue_op
+from .prologue_launch import _rows, forward, forward_with_gradients, prologue_op
 from .rotary import RopeTables
 
 
@@ -61,8 +61,10 @@ def qk_norm_rope(
     weights, words = weights or (None, None), text or (None, None, None)  # type: ignore[assignment]
     tensors = (q, k, v if text else None, *words, *weights, *(text_weights or weights), cos, sin)  # type: ignore[misc]
     turning = 0 if rope is None else rope.cos.shape[0 if rope.cos.ndim == 2 else 1]
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    # the operator costs more time than a small kernel, and only compile and autograd need it
-    run: Callable = prologue_op if wanted or torch.compiler.is_compiling() else forward
+    if torch.compiler.is_compiling():
+        run: Callable = prologue_op
+    else:
+        wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        run = forward_with_gradients if wanted else forward
     out_q, out_k, out_v = run(*tensors, interleaved, eps, across_heads, text_first, rope_from, turning)
     return out_q, out_k, out_v if text else v

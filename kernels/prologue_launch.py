@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, multiprocessors
+from .eager import differentiable
 from .launch import launch
 
 if HAS_TRITON:
@@ -164,14 +167,16 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.has_values = v is not None
 
 
-def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    run: Callable[..., tuple], ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+) -> tuple[Tensor | None, ...]:
     q, k, text_q, text_k, qw, kw, tqw, tkw, cos, sin = ctx.saved_tensors
     grad_q, grad_k = (g if _rows(g) else g.contiguous() for g in (grad_q, grad_k))
     image, text = q.shape[1], 0 if text_q is None else text_q.shape[1]
     image_at, text_at = (text, 0) if ctx.text_first else (0, image)
 
     def part(q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, at: int) -> tuple[Tensor | None, ...]:
-        dq, dk, dqw, dkw = prologue_backward_op(grad_q, grad_k, q, k, qw, kw, cos, sin, *ctx.settings, at, *ctx.turns)
+        dq, dk, dqw, dkw = run(grad_q, grad_k, q, k, qw, kw, cos, sin, *ctx.settings, at, *ctx.turns)
         return dq, dk, dqw if dqw.numel() else None, dkw if dkw.numel() else None
 
     dq, dk, dqw, dkw = part(q, k, qw, kw, image_at)
@@ -186,4 +191,5 @@ def _rows(x: Tensor) -> bool:
     return x.stride(3) == 1 and x.stride(2) == x.shape[3]
 
 
-prologue_op.register_autograd(_backward, setup_context=_setup)
+prologue_op.register_autograd(functools.partial(_backward, prologue_backward_op), setup_context=_setup)
+forward_with_gradients = differentiable(forward, _setup, functools.partial(_backward, backward))
