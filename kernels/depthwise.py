@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .backend import why_not_triton
 from .checks import check_grid, check_kernel, repeat_kernel
 from .depthwise_launch import TILES, convolve, weight_gradient
+from .eager import differentiable
 
 
 def depthwise_conv(
@@ -23,6 +25,7 @@ def depthwise_conv(
     add: Tensor | None = None,
     text: Tensor | None = None,
     text_first: bool = True,
+    inplace: bool = False,
 ) -> Tensor:
     """`out[y, x] = sum_{i, j} weight[i, j] v[y + i - r, x + j - r] + bias`, channel by channel, zeros past the border.
 
@@ -38,6 +41,8 @@ def depthwise_conv(
         text: `[B, T, H, D]`, tokens outside of the grid that the result carries along as they are: the whole joint
             sequence is written once, not joined afterwards.
         text_first: whether they stand in front.
+        inplace: the result may take the place of `add`, which saves a tensor's memory; done where nothing is
+            differentiated or compiled, `add` is contiguous and there is no text.
 
     Returns:
         `[B, N, H, D]`, with `text` `[B, T + N, H, D]`.
@@ -50,10 +55,13 @@ def depthwise_conv(
     late, sizes = (grid, []) if isinstance(grid, Tensor) else (None, list(_grid(v, grid)))
     if late is None and _why_not(v, weight, bias, add) is not None:
         return _in_torch(v, weight, bias, add, text, text_first, sizes)
-    # the operator is for compile, for autograd and for grids in tensors, which are known only when it runs
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (v, weight, bias, add, text))
-    if wanted or late is not None or torch.compiler.is_compiling():
+    if late is not None or torch.compiler.is_compiling():  # a grid in a tensor is known only when the operator runs
         return _conv_op(v, weight, bias, add, text, text_first, sizes, late)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (v, weight, bias, add, text)):
+        return _with_gradients(v, weight, bias, add, text, text_first, sizes, None)
+    if inplace and add is not None and text is None and add.is_contiguous():
+        convolve(v, weight, bias, add, add, sizes)
+        return add
     return _in_triton(v, weight, bias, add, text, text_first, sizes)
 
 
@@ -80,7 +88,7 @@ def _in_torch(
 
 def _in_triton(
     v: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, text: Tensor | None, text_first: bool,
-    grid: Sequence[int],
+    grid: Sequence[int], late: None = None,
 ) -> Tensor:  # fmt: skip
     batch, tokens, heads, dim = v.shape
     outside = 0 if text is None else text.shape[1]
@@ -132,6 +140,21 @@ def _(
     return v.new_empty((batch, tokens + (0 if text is None else text.shape[1]), heads, dim))
 
 
+def _gradients_in_triton(
+    grad: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int], late: None, of_v: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dv = v.new_empty(v.shape if of_v else 0)
+    dweight, dbias = weight.new_empty(0), weight.new_empty(0)
+    grad = grad if grad.stride(-1) == 1 or grad.shape[-1] == 1 else grad.contiguous()
+    if of_v:
+        convolve(grad, weight, None, None, dv, grid, flip=True)
+    if of_weight:
+        dweight, maybe = weight_gradient(v, grad, weight, bias, grid)
+        dbias = dbias if maybe is None else maybe
+    return dv, dweight, dbias
+
+
 @torch.library.custom_op("linfusion::depthwise_conv_backward", mutates_args=())
 def _conv_backward_op(
     grad: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int], late: Tensor | None,
@@ -139,16 +162,10 @@ def _conv_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of v, weight and bias, empty where not asked for; `grad` is the image part."""
     grid = _grid(v, grid if late is None else late.tolist())
+    if _why_not(v, weight, bias) is None:
+        return _gradients_in_triton(grad, v, weight, bias, grid, None, of_v, of_weight)
     dv = v.new_empty(v.shape if of_v else 0)
     dweight, dbias = weight.new_empty(0), weight.new_empty(0)
-    if _why_not(v, weight, bias) is None:
-        grad = grad if grad.stride(-1) == 1 or grad.shape[-1] == 1 else grad.contiguous()
-        if of_v:
-            convolve(grad, weight, None, None, dv, grid, flip=True)
-        if of_weight:
-            dweight, maybe = weight_gradient(v, grad, weight, bias, grid)
-            dbias = dbias if maybe is None else maybe
-        return dv, dweight, dbias
     kernel, _ = repeat_kernel(v, weight.to(v.dtype), None)
     settings = _settings(kernel)
     image, kernels, shift = torch.ops.aten.convolution_backward(
@@ -178,13 +195,13 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(v, weight, bias, late)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(run: Callable[..., tuple], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     v, weight, bias, late = ctx.saved_tensors
     of_v, of_weight, of_bias, of_add, of_text = ctx.needs_input_grad[:5]
     words, image = (None, grad) if ctx.text is None else _parts(grad, ctx.text, ctx.text_first)
     dv = dweight = dbias = None
     if of_v or of_weight or of_bias:
-        dv, dweight, dbias = _conv_backward_op(image, v, weight, bias, ctx.grid, late, of_v, of_weight or of_bias)
+        dv, dweight, dbias = run(image, v, weight, bias, ctx.grid, late, of_v, of_weight or of_bias)
     return (
         dv if of_v else None,
         dweight if of_weight else None,
@@ -197,4 +214,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_conv_op.register_autograd(_backward, setup_context=_setup)
+_conv_op.register_autograd(functools.partial(_backward, _conv_backward_op), setup_context=_setup)
+_with_gradients = differentiable(_in_triton, _setup, functools.partial(_backward, _gradients_in_triton))

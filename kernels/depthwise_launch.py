@@ -11,24 +11,26 @@ import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, multiprocessors
+from .launch import launch
 
 if HAS_TRITON:
     from . import depthwise_triton as triton_kernels
 
 
 class Tile(NamedTuple):
-    """Channels of a program (32 times those of a thread), columns of a warp, warps, and programs that a
-    multiprocessor holds at once, which follows from the registers."""
+    """Channels of a program (32 times those of a thread), columns of a warp, warps, programs that a multiprocessor
+    holds at once, which follows from the registers, and rows that are on their way from memory."""
 
     channels: int
     columns: int
     warps: int
     programs: int
+    ahead: int = 1
 
 
 # by kernel size; none of these spills on sm_90
 TILES = {
-    "forward": {1: Tile(64, 4, 4, 16), 3: Tile(64, 4, 4, 5), 5: Tile(64, 4, 4, 3), 7: Tile(64, 2, 4, 2)},
+    "forward": {1: Tile(64, 4, 4, 16), 3: Tile(64, 4, 4, 5), 5: Tile(64, 4, 4, 3, 2), 7: Tile(64, 2, 4, 2)},
     "value": {1: Tile(64, 4, 4, 16), 3: Tile(64, 4, 4, 7), 5: Tile(64, 4, 4, 4), 7: Tile(64, 2, 4, 2)},
     "weight": {1: Tile(64, 4, 4, 10), 3: Tile(64, 4, 4, 6), 5: Tile(64, 4, 4, 3), 7: Tile(64, 2, 4, 2)},
 }
@@ -67,7 +69,7 @@ def convolve(
     v: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, out: Tensor, grid: Sequence[int],
     flip: bool = False,
 ) -> None:  # fmt: skip
-    """Writes `add + conv(v)` into `out`, a part of a `[B, S, H, D]` tensor whose channels lie side by side.
+    """Writes `add + conv(v)` into `out`, a part of a `[B, S, H, D]` tensor whose channels lie side by side; or `add`.
 
     With `flip` the weight points the other way: the convolution's gradient.
     """
@@ -79,12 +81,16 @@ def convolve(
     images = batch * frames
     rows = cut(height, size // 2, blocks * strips * images, tile.programs * multiprocessors(v.device), height)
     more = v if add is None else add
-    triton_kernels.forward_kernel[(blocks * strips, -(-height // rows), images)](
-        v, weight.contiguous(), weight if bias is None else bias, more, out,
-        height, width, rows, blocks, frames, channels, dim, weight.shape[0],
-        *v.stride()[:3], *more.stride()[:3], *out.stride()[:2],
-        **_constants(tile, size, channels, dim, v, more), PADDED=1 << (size * size - 1).bit_length(),
-        ADD_FLAT=more.stride(2) == dim, FLIP=flip, BIAS=bias is not None, ADD=add is not None,
+    launch(
+        triton_kernels.forward_kernel, (blocks * strips, -(-height // rows), images),
+        (v, weight.contiguous(), weight if bias is None else bias, more, out,
+         height, width, rows, blocks, frames, channels, dim, weight.shape[0],
+         v.stride(0), v.stride(2), more.stride(0), more.stride(2), out.stride(0)),
+        _constants(tile, size, channels, dim, v, more) | {
+            "V_TOKEN": v.stride(1), "ADD_TOKEN": more.stride(1), "OUT_TOKEN": out.stride(1), "AHEAD": tile.ahead,
+            "PADDED": 1 << (size * size - 1).bit_length(), "ADD_FLAT": more.stride(2) == dim, "FLIP": flip,
+            "BIAS": bias is not None, "ADD": add is not None,
+        },
     )  # fmt: skip
 
 
@@ -106,16 +112,18 @@ def weight_gradient(
     share = -(-units // parts)
     parts = -(-units // share)
     partial = torch.empty((parts, taps + 1, channels), dtype=torch.float32, device=v.device)
-    triton_kernels.weight_kernel[(blocks, parts)](
-        v, grad, partial, height, width, rows, chunks, strips, units, share, frames, channels, dim,
-        *v.stride()[:3], *grad.stride()[:3],
-        **_constants(tile, size, channels, dim, v, grad), GRAD_FLAT=grad.stride(2) == dim,
+    launch(
+        triton_kernels.weight_kernel, (blocks, parts, 1),
+        (v, grad, partial, height, width, rows, chunks, strips, units, share, frames, channels, dim,
+         *v.stride()[:3], *grad.stride()[:3]),
+        _constants(tile, size, channels, dim, v, grad) | {"GRAD_FLAT": grad.stride(2) == dim},
     )  # fmt: skip
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=v.device)
     dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=v.device)
-    triton_kernels.sum_kernel[(-(-weight.shape[0] // 64), taps + 1)](
-        partial, dweight, dweight if dbias is None else dbias,
-        parts, channels // weight.shape[0], channels, weight.shape[0],
-        TAPS=taps, BIAS=bias is not None, ROWS=16, CHANNELS=64, num_warps=4,
+    launch(
+        triton_kernels.sum_kernel, (-(-weight.shape[0] // 64), taps + 1, 1),
+        (partial, dweight, dweight if dbias is None else dbias,
+         parts, channels // weight.shape[0], channels, weight.shape[0]),
+        {"TAPS": taps, "BIAS": bias is not None, "ROWS": 16, "CHANNELS": 64, "num_warps": 4},
     )  # fmt: skip
     return dweight, dbias

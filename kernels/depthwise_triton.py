@@ -13,6 +13,12 @@ import triton.language as tl
 
 
 @triton.jit
+def _long(x):
+    """An argument of value 1 comes as a constant, which has no `.to`."""
+    return tl.full((), 0, tl.int64) + x
+
+
+@triton.jit
 def _places(c, dim, head_stride, FLAT: tl.constexpr, VECTOR: tl.constexpr):
     """Offsets of channels c in `[.., H, D]`; runs of VECTOR of them lie side by side."""
     places = c
@@ -31,11 +37,11 @@ def _on_grid(x, width, exist, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, step, masks, COUNT: tl.constexpr):
-    """COUNT tokens in a row."""
+def _load(pointer, step, masks, row, COUNT: tl.constexpr):
+    """COUNT tokens side by side of a row that may not exist."""
     values = ()
     for i in tl.static_range(COUNT):
-        values = values + (tl.load(pointer + i * step, mask=masks[i], other=0.0),)
+        values = values + (tl.load(pointer + i * step, mask=masks[i] & row, other=0.0),)
     return values
 
 
@@ -70,19 +76,20 @@ def _taps(weight, c, channels, weight_channels, K: tl.constexpr, PADDED: tl.cons
 
 
 @triton.jit
-def _finish(to, step, sums, plus, masks, COUNT: tl.constexpr, ADD: tl.constexpr):
+def _finish(to, step, sums, plus, masks, row, COUNT: tl.constexpr, ADD: tl.constexpr):
     """One row of COUNT outputs."""
     for i in tl.static_range(COUNT):
         total = sums[i]
         if ADD:
             total += plus[i].to(tl.float32)
-        tl.store(to + i * step, total.to(to.dtype.element_ty), mask=masks[i])
+        tl.store(to + i * step, total.to(to.dtype.element_ty), mask=masks[i] & row)
 
 
 @triton.jit
 def forward_kernel(
     v, weight, bias, add, out, height, width, rows, blocks, frames, channels, dim, weight_channels,
-    v_batch, v_token, v_head, add_batch, add_token, add_head, out_batch, out_token,
+    v_batch, v_head, add_batch, add_head, out_batch,
+    V_TOKEN: tl.constexpr, ADD_TOKEN: tl.constexpr, OUT_TOKEN: tl.constexpr, AHEAD: tl.constexpr,
     K: tl.constexpr, PADDED: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
     WHOLE: tl.constexpr, FLAT: tl.constexpr, ADD_FLAT: tl.constexpr, VECTOR: tl.constexpr,
     FLIP: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
@@ -102,49 +109,53 @@ def forward_kernel(
 
     first = tl.program_id(1) * rows
     last = tl.minimum(first + rows, height)
-    begin, end = tl.maximum(first - R, 0), tl.minimum(last + R, height)
     batch, frame = (tl.program_id(2) // frames).to(tl.int64), tl.program_id(2) % frames
-    origin = frame.to(tl.int64) * height
-    row = v + batch * v_batch + ((origin + begin) * width + x - R) * v_token + _places(c, dim, v_head, FLAT, VECTOR)
-    to = out + batch * out_batch + ((origin + first) * width + x) * out_token + c
-    v_row, out_row = width.to(tl.int64) * v_token, width.to(tl.int64) * out_token
-    coming = _load(row, v_token, seen, WIDE)
-    plus = made
+    origin = frame.to(tl.int64) * height + first
+    row = v + batch * v_batch + ((origin - R) * width + x - R) * V_TOKEN + _places(c, dim, v_head, FLAT, VECTOR)
+    to = out + batch * out_batch + ((origin - 2 * R) * width + x) * OUT_TOKEN + c
+    v_row, out_row = _long(width) * V_TOKEN, _long(width) * OUT_TOKEN
+    bottom = tl.minimum(last + R, height)
     if ADD:
-        more = add + batch * add_batch + ((origin + first) * width + x) * add_token
+        more = add + batch * add_batch + ((origin - 2 * R) * width + x) * ADD_TOKEN
         more = more + _places(c, dim, add_head, ADD_FLAT, VECTOR)
-        add_row = width.to(tl.int64) * add_token
-        plus = _load(more, add_token, made, COLUMNS)
+        add_row = _long(width) * ADD_TOKEN
 
+    # AHEAD rows are on their way while one is worked on; a row past the last, or off the grid, is read as zeros
+    coming, plus = (), ()
+    for u in tl.static_range(AHEAD):
+        coming = coming + _load(row, V_TOKEN, seen, (first - R + u >= 0) & (first - R + u < height), WIDE)
+        plus = plus + (_load(more, ADD_TOKEN, made, u >= 2 * R, COLUMNS) if ADD else made)
+        row += v_row
+        if ADD:
+            more += add_row
     sums = ()  # of output rows y - R ... y + R - 1, that row y and those after it will be added to
     for _ in tl.static_range((K - 1) * COLUMNS):
         sums = sums + (start,)
-    for y in range(begin, end):
-        values = _wide(coming, WIDE)
-        row += tl.where(y + 1 < end, v_row, 0)  # in advance; the last row once more rather than one off the grid
-        coming = _load(row, v_token, seen, WIDE)
-        after = ()
-        for i in tl.static_range(K):
-            for j in tl.static_range(COLUMNS):
-                total = sums[i * COLUMNS + j] if i < K - 1 else start
-                for t in tl.static_range(K):
-                    total += values[j + t] * taps[(i * K + K - 1 - t) if FLIP else ((K - 1 - i) * K + t)]
-                after = after + (total,)
-        if y - R >= first:
-            _finish(to, out_token, after, plus, made, COLUMNS, ADD)
+    for above in range(first - R, last + R, AHEAD):
+        later, more_later = (), ()
+        for u in tl.static_range(AHEAD):
+            y = above + u
+            values = _wide(coming[u * WIDE : (u + 1) * WIDE], WIDE)
+            later = later + _load(row, V_TOKEN, seen, (y + AHEAD >= 0) & (y + AHEAD < bottom), WIDE)
+            row += v_row
+            after = ()
+            for i in tl.static_range(K):
+                for j in tl.static_range(COLUMNS):
+                    total = sums[i * COLUMNS + j] if i < K - 1 else start
+                    for t in tl.static_range(K):
+                        total += values[j + t] * taps[(i * K + K - 1 - t) if FLIP else ((K - 1 - i) * K + t)]
+                    after = after + (total,)
+            done = (y - R >= first) & (y - R < last)
+            _finish(to, OUT_TOKEN, after, plus[u * COLUMNS : (u + 1) * COLUMNS], made, done, COLUMNS, ADD)
             to += out_row
             if ADD:
-                more += tl.where(y - R + 1 < last, add_row, 0)
-                plus = _load(more, add_token, made, COLUMNS)
-        sums = after[COLUMNS:]
-    for i in tl.static_range(R):  # rows whose neighbours below are off the grid
-        y = end - R + i
-        if (y >= first) & (y < last):
-            _finish(to, out_token, sums[i * COLUMNS :], plus, made, COLUMNS, ADD)
-            to += out_row
-            if ADD:
-                more += tl.where(y + 1 < last, add_row, 0)
-                plus = _load(more, add_token, made, COLUMNS)
+                coming_done = (y + AHEAD - R >= first) & (y + AHEAD - R < last)
+                more_later = more_later + _load(more, ADD_TOKEN, made, coming_done, COLUMNS)
+                more += add_row
+            else:
+                more_later = more_later + made
+            sums = after[COLUMNS:]
+        coming, plus = later, more_later
 
 
 @triton.jit
@@ -159,7 +170,7 @@ def weight_kernel(
     R: tl.constexpr = K // 2
     WIDE: tl.constexpr = COLUMNS + K - 1
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    v_row, grad_row = width.to(tl.int64) * v_token, width.to(tl.int64) * grad_token
+    v_row, grad_row = _long(width) * v_token, _long(width) * grad_token
     zero = tl.zeros((TILES, CHANNELS), tl.float32)
     sums = ()
     for _ in tl.static_range(K * K + 1):
@@ -185,7 +196,7 @@ def weight_kernel(
                 at = near + (i - R) * grad_row + j * grad_token
                 window = window + (tl.load(at, mask=made[j] & inside, other=0.0).to(tl.float32),)
         near += R * grad_row
-        coming = _load(row, v_token, seen, WIDE)
+        coming = _load(row, v_token, seen, True, WIDE)
         below = ()
         for j in tl.static_range(COLUMNS):
             below = below + (tl.load(near + j * grad_token, mask=made[j] & (first + R < height), other=0.0),)
@@ -193,7 +204,7 @@ def weight_kernel(
             values = _wide(coming, WIDE)
             window = window + _wide(below, COLUMNS)
             row += tl.where(y + 1 < last, v_row, 0)
-            coming = _load(row, v_token, seen, WIDE)
+            coming = _load(row, v_token, seen, True, WIDE)
             near += grad_row
             below = ()
             for j in tl.static_range(COLUMNS):

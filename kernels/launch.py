@@ -33,7 +33,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], 
 
     Args:
         arguments: those that are not compile-time constants, in the kernel's order, which come first there.
-        settings: the constants, in the kernel's order, and the number of warps.
+        settings: the constants, always in the same order, and the number of warps.
     """
     if not _DIRECT:
         kernel[grid](*arguments, **settings)
@@ -43,5 +43,4 @@ def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], 
     if compiled is None:
         _compiled[key] = kernel[grid](*arguments, **settings)
         return
-    constants = [value for name, value in settings.items() if name != "num_warps"]
-    compiled[grid](*arguments, *constants)
+    compiled[grid](*arguments, *map(settings.__getitem__, kernel.arg_names[len(arguments) :]))

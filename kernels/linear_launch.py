@@ -21,6 +21,8 @@ if HAS_TRITON:
 SCRATCH = 0.04
 # readers add up so many partial records themselves; of more, one sum is made first
 READ_TOGETHER = 4
+# up to this head dim the query's backward pass has registers for the record's gradient, too
+WHOLE_BACKWARD = 64
 # epilogues that need the mean of v, too
 AFFINE = ("inline", "mala")
 
@@ -156,24 +158,27 @@ def backward(
         grad = grad.contiguous()
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    planes = torch.empty((3 if affine else 2, *q.shape[:3]), dtype=torch.float32, device=q.device)
-    plane = q.numel() // dim
-    grid, chunk, settings = _plan("query_backward", q, grad)
+    budget = SCRATCH * (3 * q.numel() + 4 * k.numel()) * q.element_size()
+    whole = dim <= WHOLE_BACKWARD
+    grid, chunk, settings = _plan("query_backward", q, grad, budget=budget if whole else math.inf)
+    shape = (batch * heads, grid[0], dim + 2, dim) if whole else (3 if affine else 2, *q.shape[:3])
+    partial = torch.empty(shape, dtype=torch.float32, device=q.device)
     launch(
         triton_kernels.query_backward_kernel, (*grid[:2], 1),
-        (q, grad, records, cos, sin, dq, planes, tokens, chunk, heads, heads // kv_heads, eps, scale, plane,
-         *q.stride()[:3], *grad.stride()[:3], *table_strides),
-        settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0},
+        (q, grad, records, cos, sin, dq, partial, tokens, chunk, heads, heads // kv_heads, eps, scale,
+         q.numel() // dim, *q.stride()[:3], *grad.stride()[:3], *table_strides),
+        settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0, "WHOLE": whole},
     )  # fmt: skip
-    budget = SCRATCH * (3 * q.numel() + 4 * k.numel()) * q.element_size()
-    grid, chunk, settings = _plan("state", q, grad, budget=budget)
-    partial = torch.empty((batch * heads, grid[0], dim + 2, dim), dtype=torch.float32, device=q.device)
-    launch(
-        triton_kernels.state_kernel, grid,
-        (q, grad, planes, q, cos, sin, partial, tokens, chunk, heads,
-         *q.stride()[:3], *grad.stride()[:3], *planes.stride()[1:], plane, *table_strides),
-        settings | {"PHI": feature_map, "ROPE": kind, "PLANES": 3, "AFFINE": affine},
-    )  # fmt: skip
+    if not whole:
+        planes = partial
+        grid, chunk, settings = _plan("state", q, grad, budget=budget)
+        partial = torch.empty((batch * heads, grid[0], dim + 2, dim), dtype=torch.float32, device=q.device)
+        launch(
+            triton_kernels.state_kernel, grid,
+            (q, grad, planes, q, cos, sin, partial, tokens, chunk, heads,
+             *q.stride()[:3], *grad.stride()[:3], *planes.stride()[1:], planes.stride(0), *table_strides),
+            settings | {"PHI": feature_map, "ROPE": kind, "PLANES": 3, "AFFINE": affine},
+        )  # fmt: skip
     # query heads that share a key head lie side by side, so their partial records are one list
     parts = grid[0] * (heads // kv_heads)
     partial = partial.view(batch * kv_heads, parts, dim + 2, dim)

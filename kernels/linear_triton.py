@@ -168,6 +168,15 @@ def _epilogue_backward(alpha, dalpha, dbeta, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def _store_record(R, state, ksum, vsum, tile, D: tl.constexpr, BD: tl.constexpr, vcols):
+    cols = tl.arange(0, BD)
+    tl.store(R + cols[:, None] * D + vcols[None, :], state, mask=(cols < D)[:, None] & (vcols < D)[None, :])
+    if tile == 0:
+        tl.store(R + D * D + cols, _from_column(ksum), mask=cols < D)
+    tl.store(R + (D + 1) * D + vcols, vsum, mask=vcols < D)
+
+
+@triton.jit
 def state_kernel(
     K, V, W, COUNT, COS, SIN, OUT, tokens, chunk, heads,
     kb, ks, kh, vb, vs, vh, wb, ws, wh, wp, cb, cs, ch,
@@ -220,10 +229,7 @@ def state_kernel(
     else:
         mean = 1.0
     OUT += (bh.to(tl.int64) * tl.num_programs(0) + part) * ((D + 2) * D)
-    tl.store(OUT + cols[:, None] * D + vcols[None, :], state * mean, mask=(cols < D)[:, None] & (vcols < D)[None, :])
-    if tile == 0:
-        tl.store(OUT + D * D + cols, _from_column(ksum) * mean, mask=cols < D)
-    tl.store(OUT + (D + 1) * D + vcols, vsum * mean, mask=vcols < D)
+    _store_record(OUT, state * mean, ksum * mean, vsum * mean, tile, D, BD, vcols)
 
 
 @triton.jit
@@ -296,15 +302,16 @@ def _add_both(a, b, c, d):
 
 @triton.jit
 def query_backward_kernel(
-    Q, G, R, COS, SIN, DQ, W, tokens, chunk, heads, group, eps, scale, wp,
+    Q, G, R, COS, SIN, DQ, OUT, tokens, chunk, heads, group, eps, scale, wp,
     qb, qs, qh, gb, gs, gh, cb, cs, ch,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
     ALIGN: tl.constexpr, PHI: tl.constexpr, ROPE: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries, contiguous `[B, S, H, D]`: grid (chunks, B * heads).
 
-    Each query's part in the record's gradient is left to `state_kernel`, as three weights `[3, B, S, H]`: accumulating
-    it here would save reading q and the gradient again, but needs more registers than there are.
+    If WHOLE, `OUT` takes the record's gradient from each chunk, as in `state_kernel`. Where there are too few registers
+    for that, it takes three weights of each query, `[3, B, S, H]`, and `state_kernel` reads q and the gradient again.
     """
     part, bh = tl.program_id(0), tl.program_id(1)
     AFFINE: tl.constexpr = NORMALIZE == "inline" or NORMALIZE == "mala"
@@ -318,7 +325,12 @@ def query_backward_kernel(
     COS += b * cb + h * ch
     SIN += b * cb + h * ch
     DQ += (b * tokens * heads + h) * D
-    W += b * tokens * heads + h
+    if WHOLE:
+        dstate = tl.zeros((BD, BV), tl.float32)
+        dksum = tl.zeros((BD, 16), tl.float32)
+        dvsum = tl.zeros((BV,), tl.float32)
+    else:
+        OUT += b * tokens * heads + h
     R += (bh // group).to(tl.int64) * ((D + 2) * D)
     state, kmean = _record(R, 1, D, BD, vcols)
     if SCALED:
@@ -356,11 +368,21 @@ def query_backward_kernel(
         place = at * heads * D + (rows[:, None] * (heads * D) + cols[None, :])
         dq = _features_backward(dphi, phi, PHI).to(q.dtype)
         tl.store(DQ + place, dq, mask=there[:, None] & (cols < D)[None, :])
-        weights = W + (at + rows) * heads
-        tl.store(weights, alpha, mask=there)
-        tl.store(weights + wp, -dalpha * alpha if NORMALIZE == "divide" else dt / alpha, mask=there)
-        if AFFINE:
-            tl.store(weights + 2 * wp, beta, mask=there)
+        if WHOLE:
+            alpha = tl.where(there, alpha, 0.0)
+            dstate += _dot(tl.trans((turned * alpha[:, None]).to(q.dtype)), g)
+            dksum += _dot(tl.trans(phi.to(q.dtype)), _column(tl.where(there, dt, 0.0)).to(q.dtype))
+            if AFFINE:
+                dvsum += tl.sum(g.to(tl.float32) * tl.where(there, beta, 0.0)[:, None], 0)
+        else:
+            weights = OUT + (at + rows) * heads
+            tl.store(weights, alpha, mask=there)
+            tl.store(weights + wp, -dalpha * alpha if NORMALIZE == "divide" else dt / alpha, mask=there)
+            if AFFINE:
+                tl.store(weights + 2 * wp, beta, mask=there)
+    if WHOLE:
+        OUT += (bh.to(tl.int64) * tl.num_programs(0) + part) * ((D + 2) * D)
+        _store_record(OUT, dstate, dksum, dvsum, 0, D, BD, vcols)
 
 
 @triton.jit

@@ -104,7 +104,7 @@ class LiT(Grid):
 
         def call(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             out = linear_attention(q, k, v, feature_map="relu_eps", eps=EPS)
-            return depthwise_conv(v, grid=grid, weight=weight, bias=bias, add=out)
+            return depthwise_conv(v, grid=grid, weight=weight, bias=bias, add=out, inplace=True)
 
         return Provider(call)
 

@@ -40,7 +40,7 @@ class LocalBranch(nn.Module):
             v, image, text = (split_heads(x, heads) for x in (v, image, text))
         whole = depthwise_conv(
             v, grid=call.grid, weight=self.weight, bias=self.bias, add=image,
-            text=text if call.text else None, text_first=call.text_first,
+            text=text if call.text else None, text_first=call.text_first, inplace=True,
         )  # fmt: skip
         return whole.reshape(out.shape)
 

@@ -306,11 +306,13 @@ def build(kernel, **constants):
     source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=tile.warps))
 
+TOKENS = dict(V_TOKEN=384, ADD_TOKEN=128, OUT_TOKEN=128, AHEAD=2)
 for flat in (True, False):
     settings = dict(K=3, WHOLE=flat, FLAT=flat)
-    build(kernels.forward_kernel, **settings, PADDED=16, ADD_FLAT=True, FLIP=False, BIAS=True, ADD=True)
+    build(kernels.forward_kernel, **settings, **TOKENS, PADDED=16, ADD_FLAT=True, FLIP=False, BIAS=True, ADD=True)
     build(kernels.weight_kernel, **settings, GRAD_FLAT=True)
-build(kernels.forward_kernel, K=1, WHOLE=True, FLAT=True, PADDED=1, ADD_FLAT=True, FLIP=True, BIAS=False, ADD=False)
+settings = dict(K=1, WHOLE=True, FLAT=True, PADDED=1, ADD_FLAT=True)
+build(kernels.forward_kernel, **settings, **TOKENS, FLIP=True, BIAS=False, ADD=False)
 """
 
 
