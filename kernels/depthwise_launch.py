@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 # by kernel size; none of these spills on sm_90
 TILES = {
     "forward": {1: Tile(64, 4, 4, 16), 3: Tile(64, 4, 4, 5), 5: Tile(64, 4, 4, 3, 2), 7: Tile(64, 2, 4, 2)},
-    "value": {1: Tile(64, 4, 4, 16), 3: Tile(64, 4, 4, 7), 5: Tile(64, 4, 4, 4), 7: Tile(64, 2, 4, 2)},
+    "value": {1: Tile(64, 4, 4, 16), 3: Tile(64, 4, 4, 7), 5: Tile(64, 4, 4, 3, 4), 7: Tile(64, 2, 4, 2)},
     "weight": {1: Tile(64, 4, 4, 10), 3: Tile(64, 4, 4, 6), 5: Tile(64, 4, 4, 3), 7: Tile(64, 2, 4, 2)},
 }
 # partial sums of the weight's gradient may take this share of what goes in and comes out

@@ -39,13 +39,13 @@ class Blocks(NamedTuple):
 # by kernel and largest head dim, for 16-bit inputs; measured on an H100 (bench/NOTES.md)
 BLOCKS = {
     "state": {
-        48: Blocks(64, 4, 2, 2), 64: Blocks(128, 8, 2, 2), 128: Blocks(64, 4, 2, 2), 256: Blocks(32, 8, 1, 2),
+        48: Blocks(64, 4, 2, 4), 64: Blocks(128, 8, 2, 2), 128: Blocks(64, 4, 2, 2), 256: Blocks(32, 8, 1, 2),
     },
     "output": {
-        48: Blocks(64, 4, 3, 3), 64: Blocks(64, 4, 3, 4), 128: Blocks(64, 4, 3, 2), 256: Blocks(64, 4, 1, 2),
+        48: Blocks(64, 4, 3, 4), 64: Blocks(64, 4, 4, 4), 128: Blocks(64, 4, 4, 2), 256: Blocks(64, 4, 1, 2),
     },
     "query_backward": {
-        48: Blocks(64, 4, 3, 3), 64: Blocks(64, 4, 3, 4), 128: Blocks(32, 4, 4, 2), 256: Blocks(16, 4, 1, 2),
+        48: Blocks(64, 4, 2, 2), 64: Blocks(64, 4, 3, 2), 128: Blocks(128, 8, 3, 1), 256: Blocks(16, 4, 1, 2),
     },
     "key_backward": {
         48: Blocks(64, 4, 3, 3), 64: Blocks(64, 4, 3, 6), 128: Blocks(32, 4, 3, 2), 256: Blocks(16, 4, 1, 2),

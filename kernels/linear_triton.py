@@ -30,6 +30,12 @@ def _aligned(stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def _inverse(x):
+    """Rounded to nearest, as `/` is not; there is one to a row."""
+    return tl.math.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+
+
+@triton.jit
 def _load(X, at, stride, rows, cols, left, D: tl.constexpr, ZEROS: tl.constexpr):
     """Rows `[BS, BD]` from token `at` on, `left` of which there are. Past the end come zeros, or else the last row
     again: a mask costs more than it is worth where nothing is made of those rows."""
@@ -58,7 +64,7 @@ def _features(x, cols, D: tl.constexpr, PHI: tl.constexpr):
     elif PHI == "softmax":
         x = tl.where((cols < D)[None, :], x, float("-inf"))
         y = _exp(x - tl.max(x, 1)[:, None])
-        y = y / tl.sum(y, 1)[:, None]
+        y = y * _inverse(tl.sum(y, 1))[:, None]
     else:
         y = x
     return y
@@ -143,11 +149,11 @@ def _from_column(x):
 def _epilogue(t, eps, NORMALIZE: tl.constexpr):
     """Factors of the numerator and of mean(v), from t = phi(q) . mean(phi(k))."""
     if NORMALIZE == "divide":
-        alpha, beta = 1.0 / (t + eps), t * 0.0
+        alpha, beta = _inverse(t + eps), t * 0.0
     elif NORMALIZE == "inline":
         alpha, beta = t * 0.0 + 1.0, 1.0 - t
     elif NORMALIZE == "mala":
-        alpha, beta = 1.0 + 1.0 / (t + eps), -t
+        alpha, beta = 1.0 + _inverse(t + eps), -t
     else:
         alpha, beta = t * 0.0 + 1.0, t * 0.0
     return alpha, beta
@@ -369,6 +375,9 @@ def query_backward_kernel(
         dq = _features_backward(dphi, phi, PHI).to(q.dtype)
         tl.store(DQ + place, dq, mask=there[:, None] & (cols < D)[None, :])
         if WHOLE:
+            # q once more, out of the cache: kept in registers, phi would take more than there are
+            phi = _features(_load(Q, at, qs, rows, cols, left, D, False), cols, D, PHI)
+            turned = _turn(phi, cos, sin, BS, BD, ROPE)
             alpha = tl.where(there, alpha, 0.0)
             dstate += _dot(tl.trans((turned * alpha[:, None]).to(q.dtype)), g)
             dksum += _dot(tl.trans(phi.to(q.dtype)), _column(tl.where(there, dt, 0.0)).to(q.dtype))

@@ -88,7 +88,7 @@ def launched(monkeypatch):
 
         class Counted:
             def __init__(self, kernel, name):
-                self.kernel, self.name = kernel, name
+                self.kernel, self.name, self.arg_names = kernel, name, kernel.arg_names
 
             def __getitem__(self, grid):
                 calls.append(self.name)
