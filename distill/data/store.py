@@ -21,10 +21,13 @@ def shard_name(number: int) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str] | None = None) -> None:
-    """Under a temporary name first: a kill leaves no half file under the real one, a full disk no file at all."""
+    """Under a temporary name first: a kill leaves no half file under the real one, a full disk no file at all.
+
+    Of notes only one: safetensors writes several in any order, and equal samples should be equal files.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, part, metadata={"format": "pt", **(note or {})})
+        save_file({k: t.contiguous() for k, t in tensors.items()}, part, metadata=dict(note or {"format": "pt"}))
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
@@ -95,6 +98,8 @@ class Store:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """`latents` and the arguments of one sample, without a batch axis."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
         handle, keys = self._shard(index // self.meta["shard_size"])
         prefix = f"{index % self.meta['shard_size']}/"
         return {key.removeprefix(prefix): handle.get_tensor(key) for key in keys.get(prefix, [])}
