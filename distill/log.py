@@ -101,7 +101,9 @@ class Log:
                 tracker.log({"validation": wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        self.accelerator.end_training()
+        """Not `end_training`, which ends the group of processes that the next stage goes on in."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def planned(stage: nn.Module, parameters: list[nn.Parameter], ema: bool) -> str:

@@ -244,6 +244,7 @@ class Run:
         self.log.close()
         self.accelerator.wait_for_everyone()
         self.stage.close()
+        self.accelerator.free_memory()
         return final
 
 
