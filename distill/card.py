@@ -13,7 +13,7 @@ FACTS, FIGURES, SHEET, CARD = "training.json", "figures.json", "sheet.png", "REA
 
 def write(folder: Path) -> None:
     """`README.md` from `training.json`, `figures.json` and `sheet.png`, as far as they are there."""
-    facts, figures = _read(folder / FACTS), _read(folder / FIGURES)
+    facts, figures = read(folder / FACTS), read(folder / FIGURES)
     settings = facts.get("settings", {})
     base = facts.get("base_model", "")
     lines = [
@@ -53,7 +53,8 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A file of figures, empty where there is none."""
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):

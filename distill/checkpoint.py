@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..adapter import WEIGHTS
 from .config import TrainConfig
 from .data.store import first_difference, write_json, write_tensors
 
@@ -128,8 +130,16 @@ def identity(config: TrainConfig, meta: Mapping[str, Any], world: int) -> dict[s
     """Everything that decides the numbers of a run."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     settings["train_batch_size"] = config.train_batch_size * world
+    if config.init_adapter is not None:  # by what is in it: an earlier stage may have been trained anew
+        settings["init_adapter"] = hashlib.sha256(_content(config.init_adapter)).hexdigest()[:16]
     data = {f"data {k}": v for k, v in meta.items() if k in ("model", "num_samples", "seed", "prompts", "source")}
     return settings | data
+
+
+def _content(adapter: str) -> bytes:
+    """An adapter's tensors, or the name of one on the Hub."""
+    file = Path(adapter) / WEIGHTS
+    return file.read_bytes() if file.is_file() else adapter.encode()
 
 
 def number(path: Path) -> int:

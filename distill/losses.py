@@ -23,13 +23,12 @@ def layer_loss(student: Any, teacher: Any, relative: bool) -> Tensor:
 
     By sample rather than by batch, so that the mean over processes is the mean over their samples.
     """
-    error, size, count = 0.0, 0.0, 0
+    error, size, count = torch.zeros(()), torch.zeros(()), 0
     for a, b in zip(parts(student), parts(teacher), strict=True):
         a, b = a.float().flatten(1), b.detach().float().flatten(1)
-        error = error + (a - b).square().sum(1)
-        size = size + b.square().sum(1)
+        error = (a - b).square().sum(1) + (error if count else 0)
+        size = b.square().sum(1) + (size if count else 0)
         count += a.shape[1]
-    assert isinstance(error, Tensor) and isinstance(size, Tensor)
     return (error / (size + 1e-8 * count) if relative else error / count).mean()
 
 

@@ -73,6 +73,13 @@ def train(
     return run.finish(model, targets)
 
 
+def finished(config: TrainConfig) -> Path | None:
+    """The adapter of a run with just these settings, if it came to its end."""
+    folder = Path(config.output_dir) / ADAPTER
+    same = card.read(folder / card.FACTS).get("settings") == dataclasses.asdict(config)
+    return folder if same else None
+
+
 def build(
     pipe: Any, config: TrainConfig, store: Store, accelerator: Accelerator
 ) -> tuple[Stage, dict[str, nn.Parameter], list[str]]:
@@ -180,7 +187,7 @@ class Run:
         if saves or last or step % c.logging_steps == 0:
             self.health.check(step, self.checkpoints.last())
         if step % c.logging_steps == 0 or last:
-            self.log.write(step, self.meter, self.scheduler.get_last_lr()[0], self.stage.layers)
+            self.log.write(step, self.meter, float(self.scheduler.get_last_lr()[0]), self.stage.layers)
         if saves:
             self.checkpoints.save(step)
         if draws and (step % c.validation_steps == 0 or last):

@@ -62,8 +62,8 @@ def encode(pipe: Any, files: list[Path], arguments: dict[str, Any], shape: list[
 
 def _pixels(file: Path, size: int) -> Tensor:
     """`[3, size, size]` in [-1, 1]: the middle square, transparency on white."""
-    with Image.open(file) as picture:
-        picture = ImageOps.fit(picture.convert("RGBA"), (size, size), Image.Resampling.LANCZOS)
+    with Image.open(file) as opened:
+        picture = ImageOps.fit(opened.convert("RGBA"), (size, size), Image.Resampling.LANCZOS)
         canvas = Image.new("RGBA", picture.size, "white")
         canvas.alpha_composite(picture)
     return torch.from_numpy(np.array(canvas.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1

@@ -74,7 +74,7 @@ def sample(
         total = min(total, len(prompts))
     arguments = call_arguments(pipe, config.resolution, config.num_inference_steps, config.guidance_scale)
     convention, first = probe(pipe, prompts[0], arguments)
-    meta = {
+    meta: dict[str, Any] = {
         "model": model, "pipeline": type(pipe).__name__, "num_samples": total, "shard_size": config.shard_size,
         "seed": config.seed, "source": "pictures" if pictures is not None else "samples",
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], "arguments": arguments,

@@ -110,12 +110,13 @@ def _train(args: argparse.Namespace) -> int:
     if (chosen := chosen_mechanism(args)) is not None:
         flags["mechanism"] = chosen.to_dict()
     whole = merge(TrainConfig, file, flags)
-    from ..distill.train import ADAPTER, train
+    from ..distill.train import finished, train
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("linfusion").setLevel(logging.INFO)
     stages = whole.stages or [{}]
-    folder, before, adapter = Path(whole.output_dir), whole.init_adapter, None
+    folder, before = Path(whole.output_dir), whole.init_adapter
+    adapter: Path | None = None
     configs = []
     for number, changes in enumerate(stages, start=1):
         config = merge(TrainConfig, file, changes, flags, {"stages": []}, where=f"stage {number}")
@@ -123,9 +124,8 @@ def _train(args: argparse.Namespace) -> int:
     for number, config in enumerate(configs, start=1):
         place = folder / f"{number}-{config.stage}" if len(configs) > 1 else folder
         config = merge(TrainConfig, vars(config), {"output_dir": str(place), "init_adapter": before})
-        if len(configs) > 1 and (place / ADAPTER).is_dir() and config.resume_from_checkpoint == "latest":
-            adapter = place / ADAPTER  # this stage is done
-        else:
+        adapter = finished(config) if config.resume_from_checkpoint == "latest" else None
+        if adapter is None:
             pipe = load_pipeline(argparse.Namespace(model=args.model, device="cpu", dtype="float32"))
             with _progress(f"{config.stage}") as update:
                 adapter = train(pipe, config, model=args.model, on_progress=update)
