@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Diverged(RuntimeError):
+class Diverged(FloatingPointError):
     """A loss or gradient that is not a number, or infinite."""
 
 
@@ -24,7 +24,8 @@ class Health:
 
     def update(self, layers: Tensor, loss: Tensor, norm: Tensor | float | None) -> None:
         """`layers` `[L + 1]` bool as a stage reports them."""
-        gradient = torch.as_tensor(0.0 if norm is None else norm, device=self.sound.device)
+        # `as_tensor` of a number would wait for the device
+        gradient = norm.to(loss.device) if isinstance(norm, Tensor) else torch.zeros_like(loss)
         now = torch.cat([layers, torch.stack([loss, gradient]).isfinite()])[: len(self.sound)]
         self.sound = torch.where(self.sound.all(), now, self.sound)
 

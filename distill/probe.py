@@ -90,6 +90,8 @@ def call_arguments(pipe: Any, size: int | None, steps: int | None, guidance: flo
     known, reader = call_defaults(pipe), text_reader(pipe)
     if reader is not None and reader.t5:
         given["max_sequence_length"] = reader.tokens
+    if size is not None:
+        given["use_resolution_binning"] = False  # PixArt's, which draws at another size and resizes
     if "num_frames" in known:
         raise NotImplementedError(f"{type(pipe).__name__} makes videos, which distillation does not sample yet.")
     return {k: v for k, v in given.items() if v is not None and k in known}

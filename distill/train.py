@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -86,7 +86,9 @@ def build(
     """The stage with its student and teacher, what is trained by name, and the trained projections."""
     _, student = denoiser(pipe)
     dtype = DTYPES[accelerator.mixed_precision]
-    student.requires_grad_(False).eval().to(accelerator.device, dtype)
+    student.requires_grad_(False).eval().to(accelerator.device)
+    if any(p.dtype != dtype for p in student.parameters()):
+        student.to(dtype)
     adapter = read_adapter(config.init_adapter) if config.init_adapter else None
     mechanism = _mechanism(config, adapter)
     apply(student, mechanism, layers=config.layers or None)
@@ -119,7 +121,8 @@ class Run:
     ) -> None:  # fmt: skip
         self.pipe, self.config, self.store, self.accelerator, self.stage = pipe, config, store, accelerator, stage
         self.parameters = list(trained.values())
-        self.ema = EMAModel(self.parameters, decay=config.ema_decay, use_ema_warmup=True) if config.use_ema else None
+        average: dict[str, Any] = {"decay": config.ema_decay, "use_ema_warmup": True, "foreach": True}
+        self.ema = EMAModel(self.parameters, **average) if config.use_ema else None
         optimizer = _optimizer(trained, config, accelerator.device)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks the loader, which is not prepared
             accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
@@ -281,7 +284,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
-        dataloader_config=DataLoaderConfiguration(), step_scheduler_with_optimizer=False,
+        step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )  # fmt: skip
 

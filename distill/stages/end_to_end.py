@@ -40,6 +40,7 @@ class EndToEnd(Stage):
             losses = [layer_loss(self.seen[n], features[n], relative) for n in self.layers]
             result["layers"] = torch.stack(losses).detach()
             terms["attention"], weights["attention"] = torch.stack(losses).mean(), c.attention_weight
+        self.seen = {}  # or it would live until the next forward
         loss = torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
         return result | {"loss": loss} | {name: term.detach() for name, term in terms.items()}
 

@@ -23,6 +23,7 @@ class Transfer(Stage):
         answer = self.answer(arguments)
         losses = torch.stack([self.seen[name][0] for name in self.layers])
         sound = torch.stack([*(self.seen[name][1] for name in self.layers), finite(answer)])
+        self.seen = {}  # or it would live until the next forward
         return {"loss": losses.mean(), "layers": losses.detach(), "finite": sound}
 
     def on_layer(self, name: str, args: tuple, kwargs: dict[str, Any], output: Any) -> tuple[Any, Any]:

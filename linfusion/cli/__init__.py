@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, NotImplementedError, ImportError, OSError, MemoryError) as error:
+    except (ValueError, NotImplementedError, ImportError, OSError, MemoryError, FloatingPointError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         _say(f"linfusion: error: {reason}")
         return 2

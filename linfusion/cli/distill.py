@@ -53,7 +53,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="an embedded model, a folder or a Hub id; default emoji-flux",
     )  # fmt: skip
     parser.add_argument("--device", help="of sample and eval; accelerate chooses for train")
-    parser.add_argument("--dtype", choices=DTYPES, help="of sample and eval; default bfloat16 on cuda")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="default bfloat16 on cuda; of train, which has --mixed_precision, float32"
+    )
 
 
 def _add_flags(parser: argparse.ArgumentParser, config: type) -> None:
@@ -126,7 +128,7 @@ def _train(args: argparse.Namespace) -> int:
         config = merge(TrainConfig, vars(config), {"output_dir": str(place), "init_adapter": before})
         adapter = finished(config) if config.resume_from_checkpoint == "latest" else None
         if adapter is None:
-            pipe = load_pipeline(argparse.Namespace(model=args.model, device="cpu", dtype="float32"))
+            pipe = load_pipeline(argparse.Namespace(model=args.model, device="cpu", dtype=args.dtype or "float32"))
             with _progress(f"{config.stage}") as update:
                 adapter = train(pipe, config, model=args.model, on_progress=update)
         before = str(adapter)

@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 import linfusion as lf
 from linfusion.cli import build_parser, main
+from linfusion.demos.emoji.evaluate import top_1
 from linfusion.distill.config import SampleConfig, TrainConfig, fields_of, merge, read_yaml
 from linfusion.distill.data.store import Store
 from linfusion.mechanisms import config_from_dict
@@ -53,6 +56,26 @@ def test_all_of_it(tmp_path, capsys):
     figures = json.loads(capsys.readouterr().out)
     assert figures["sizes"]["96"]["student psnr"] != figures["sizes"]["96"]["untrained psnr"]
     assert "| untrained psnr |" in (adapter / "README.md").read_text()
+
+
+def test_a_run_that_diverges(tmp_path, data, capsys):
+    """One line, and no traceback."""
+    build("sd").save_pretrained(tmp_path / "model")
+    command = ["distill", "train", "--model", str(tmp_path / "model"), "--data_dir", data("sd"), "--mechanism", "lit"]
+    command += ["--output_dir", str(tmp_path / "run"), "--learning_rate", "1e30", "--max_train_steps", "4"]
+    assert main([*command, "--train_batch_size", "2", "--logging_steps", "1"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "Not finite by step 2, first in down_blocks.0" in error and "There is no checkpoint yet" in error
+
+
+def test_retrieval(tmp_path):
+    """The share of pictures whose nearest picture of the data has their caption."""
+    pixels = torch.rand(3, 3, 256, 256).mul(255).byte()
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    (tmp_path / "captions.json").write_text(json.dumps({f"{i}.png": name for i, name in enumerate("abc")}))
+    measure = top_1(tmp_path)
+    assert measure(pixels / 255, ["a", "B", "c"]) == 1 and measure(pixels / 255, ["a", "c", "b"]) == 1 / 3
 
 
 def test_flags_are_fields():

@@ -46,6 +46,8 @@ def test_samples_are_the_pipelines_own(tmp_path, name, data):
         ("sd", {"clock": "t", "time_dtype": "int64", "guided": "batch", "rows": ["encoder_hidden_states"]}),
         ("flux", {"clock": "t/1000", "time_dtype": "float32", "guided": "",
                   "rows": ["encoder_hidden_states", "pooled_projections", "guidance"]}),
+        ("pixart", {"clock": "t", "guided": "batch", "variance": True,
+                    "rows": ["encoder_hidden_states", "encoder_attention_mask"]}),
     ],
 )  # fmt: skip
 def test_conventions(name, wanted):
@@ -55,7 +57,7 @@ def test_conventions(name, wanted):
     assert {k: sorted(v) if k == "rows" else v for k, v in found.items() if k in wanted} == wanted | {
         "rows": sorted(wanted["rows"])
     }
-    assert convention.sign == 1 and not convention.variance
+    assert convention.sign == 1 and convention.variance == (name == "pixart")
     assert "step" not in vars(pipe.scheduler)  # nothing is left on the pipeline
 
 

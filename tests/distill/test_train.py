@@ -285,6 +285,30 @@ def test_stage_after_stage(tmp_path, trainable, data):
         run("sd", data, tmp_path / "d", init_adapter=str(first), **settings | {"trainable": "mechanism"})
 
 
+def test_a_model_that_predicts_a_variance(tmp_path, data):
+    """PixArt: its own masks of padded text, and LiT's term on the second half of its answer."""
+    settings = {"mechanism": {"name": "lit"}, "train_batch_size": 4, "trainable": "mechanism+qkvo"}
+    run("pixart", data, tmp_path / "a", **settings)
+    run("pixart", data, tmp_path / "b", variance_weight=0.0, **settings)
+    a, b = (rows(tmp_path / folder)[0] for folder in "ab")
+    assert a["variance"] == b["variance"] > 0
+    assert math.isclose(
+        a["loss"], a["task"] + 0.5 * (a["output"] + a["attention"]) + 0.05 * a["variance"], rel_tol=1e-5
+    )
+    assert math.isclose(b["loss"], b["task"] + 0.5 * (b["output"] + b["attention"]), rel_tol=1e-5)
+
+
+def test_half_precision(tmp_path, name, data):
+    """Frozen weights in bf16 under autocast, pictures included; the losses are those of fp32 within rounding."""
+    settings = {"validation_prompts": ["red apple"], "validation_steps": 8, "num_inference_steps": 1}
+    folder = run(name, data, tmp_path / "bf16", mixed_precision="bf16", adapter_dtype="bf16", **settings)
+    run(name, data, tmp_path / "fp32")
+    a, b = losses(tmp_path / "bf16"), losses(tmp_path / "fp32")
+    assert a != b and all(math.isclose(x, y, rel_tol=0.05) for x, y in zip(a, b, strict=True))
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert lf.describe(lf.load(build(name), folder)).replaced == 4
+
+
 def test_pictures_and_trackers(tmp_path, data):
     pytest.importorskip("tensorboard")
     folder = run(

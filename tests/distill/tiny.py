@@ -6,13 +6,14 @@ import socket
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, PixArtSigmaPipeline
 
 import linfusion as lf
 from linfusion.distill.config import SampleConfig
 
 from ..models import flux as make_flux
-from ..models.base import lively
+from ..models import pixart as make_pixart
+from ..models.base import ddim, lively
 from ..models.base import vae as small_vae
 from ..models.parts import stable_diffusion
 
@@ -25,11 +26,19 @@ def forget():
 
 
 def build(name):
+    # the embedded model's tokenizers and text encoders around a tiny transformer and autoencoder
+    parts = {} if name == "sd" else lf.demo_pipeline("emoji-flux", transformer=None, vae=None).components
     if name == "sd":
         pipe = stable_diffusion()
+    elif name == "pixart":
+        torch.manual_seed(0)
+        model = make_pixart()
+        model = type(model)(**dict(model.config) | {"caption_channels": 128})
+        pipe = PixArtSigmaPipeline(
+            tokenizer=parts["tokenizer_2"], text_encoder=parts["text_encoder_2"], transformer=lively(model).eval(),
+            vae=small_vae(), scheduler=ddim(),
+        )  # fmt: skip
     else:
-        # the embedded model's tokenizers and text encoders around a tiny transformer and autoencoder
-        parts = lf.demo_pipeline("emoji-flux", transformer=None, vae=None).components
         torch.manual_seed(0)
         model = make_flux()
         model = type(model)(**dict(model.config) | {"joint_attention_dim": 128, "pooled_projection_dim": 128})
@@ -40,8 +49,8 @@ def build(name):
     return pipe
 
 
-SIZES = {"sd": 64, "flux": 24}
-"""Pixels: 8 x 8 latents of the UNet, 6 x 6 tokens of FLUX."""
+SIZES = {"sd": 64, "flux": 24, "pixart": 16}
+"""Pixels: 8 x 8 latents of the UNet, 6 x 6 tokens of FLUX, 4 x 4 of PixArt."""
 
 
 def settings(name, folder, **changes):
