@@ -16,9 +16,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..adapter import Adapter, read_adapter, swap_host
-from ..apply import apply, record_of, restore
-from ..mechanisms import MechanismConfig, config_from_dict
+from ..apply import record_of
 from ..weights import save
 from . import card
 from .checkpoint import Checkpoints, identity
@@ -29,14 +27,13 @@ from .health import Health
 from .log import Log, Meter, measured, planned
 from .pictures import component, draw, sheet
 from .probe import denoiser
-from .stages import STAGES, Stage
-from .stages.base import Inputs
-from .trainable import LORA, add_lora, choose, frozen_copy, is_own, load_lora, projections
+from .stages import Stage
+from .student import build
+from .trainable import LORA, is_own
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -78,38 +75,6 @@ def finished(config: TrainConfig) -> Path | None:
     folder = Path(config.output_dir) / ADAPTER
     same = card.read(folder / card.FACTS).get("settings") == dataclasses.asdict(config)
     return folder if same else None
-
-
-def build(
-    pipe: Any, config: TrainConfig, store: Store, accelerator: Accelerator
-) -> tuple[Stage, dict[str, nn.Parameter], list[str]]:
-    """The stage with its student and teacher, what is trained by name, and the trained projections."""
-    _, student = denoiser(pipe)
-    dtype = DTYPES[accelerator.mixed_precision]
-    student.requires_grad_(False).eval().to(accelerator.device)
-    if any(p.dtype != dtype for p in student.parameters()):
-        student.to(dtype)
-    adapter = read_adapter(config.init_adapter) if config.init_adapter else None
-    mechanism = _mechanism(config, adapter)
-    apply(student, mechanism, layers=config.layers or None)
-    layers = _layers(student)
-    targets = projections(student, layers) if config.trainable != "mechanism" else []
-    restore(student)
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    in_place = targets if config.trainable == "mechanism+qkvo" else []
-    teacher = frozen_copy(student, in_place, share=not sharded).to(accelerator.device)
-    apply(student, mechanism, layers=config.layers or None)
-    if adapter is not None:
-        _continue(student, adapter, config)
-    if config.trainable == "mechanism+lora":
-        add_lora(student, targets, config.rank, config.lora_alpha)
-        if adapter is not None:
-            load_lora(student, adapter)
-    trained = choose(student, layers, config.trainable, targets)
-    if config.gradient_checkpointing:
-        student.enable_gradient_checkpointing()  # type: ignore[operator]
-    inputs = Inputs(store, config, accelerator.device, dtype)
-    return STAGES[config.stage](student, teacher, layers, inputs, config), trained, targets
 
 
 class Run:
@@ -299,40 +264,6 @@ def _optimizer(trained: dict[str, nn.Parameter], c: TrainConfig, device: torch.d
         [g for g in groups if g["params"]], betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay,
         eps=c.adam_epsilon, fused=device.type == "cuda",
     )  # fmt: skip
-
-
-def _layers(student: nn.Module) -> list[str]:
-    record = record_of(student)
-    assert record is not None
-    return list(record.entries)
-
-
-def _mechanism(config: TrainConfig, adapter: Adapter | None) -> MechanismConfig | dict[str, MechanismConfig]:
-    """What to apply; an adapter to start from must be of the same mechanism, and may stand for it."""
-    asked = config_from_dict(config.mechanism) if config.mechanism else None
-    if adapter is None:
-        if asked is None:
-            raise ValueError("Which mechanism? Add --mechanism NAME, or --init_adapter.")
-        return asked
-    if asked is not None and any(c != asked for c in adapter.layers.values()):
-        raise ValueError(f"{adapter.source} is of {next(iter(adapter.layers.values()))}, {asked} was asked for.")
-    return adapter.layers
-
-
-@torch.no_grad()
-def _continue(student: nn.Module, adapter: Adapter, config: TrainConfig) -> None:
-    """An earlier stage's values; low-rank additions come later, where they are trained on."""
-    record = record_of(student)
-    assert record is not None
-    adapter.check(student, {name: e.mechanism for name, e in record.entries.items()})
-    for name, entry in record.entries.items():
-        entry.mechanism.load_state_dict(adapter.of_layer(name))
-    if config.trainable == "mechanism+qkvo":
-        swap_host(student, adapter.host_values(student))
-    elif adapter.host or (adapter.low_rank and config.trainable == "mechanism"):
-        raise ValueError(
-            f"{adapter.source} changes the host's projections, which trainable {config.trainable!r} would leave out."
-        )
 
 
 def _check(c: TrainConfig) -> None:
