@@ -1,4 +1,4 @@
-"""FLUX's grid is noted on the tensor that tells it, so that a sampler's or trainer's steps do not wait for the device."""
+"""The grid of FLUX is noted on the tensor that tells it: the steps of samplers and trainers need not wait for it."""
 
 import torch
 
