@@ -43,6 +43,11 @@ class EmojiFluxPipeline(FluxPipeline):
 PIPELINES: dict[str, type[DiffusionPipeline]] = {"emoji-flux": EmojiFluxPipeline}
 
 
+def captions() -> list[str]:
+    """The names of the pictures that the embedded models were trained on, each once, in alphabetical order."""
+    return (Path(__file__).parent / "emoji" / "captions.txt").read_text().splitlines()
+
+
 def demo_pipeline(name: str = "emoji-flux", **kwargs: Any) -> DiffusionPipeline:
     """Open an embedded model, in fp32 on the CPU unless told otherwise.
 

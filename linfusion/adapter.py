@@ -1,7 +1,8 @@
 """Adapters on disk: a folder with `config.json` and `model.safetensors`, never pickle.
 
-Tensors are named `mechanism.<layer>.<parameter>` for the mechanism's own and `host.<parameter>` for projections of the
-host that were trained with it; loading keeps the host's originals, and `restore` puts them back.
+Tensors are named `mechanism.<layer>.<parameter>` for the mechanism's own, `host.<parameter>` for projections of the
+host that were trained with it, and `low_rank.<parameter>.down`, `.up` for what was added to such a projection `W`:
+`W + up @ down`. Loading keeps the host's originals, and `restore` puts them back.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +22,19 @@ from .families.base import class_names
 from .mechanisms import Mechanism, MechanismConfig, config_from_dict
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class Factors(NamedTuple):
+    """An addition of low rank to a matrix `[out, in]`: `down` `[r, in]`, then `up` `[out, r]`."""
+
+    down: Tensor
+    up: Tensor
+
+    def added_to(self, base: Tensor) -> Tensor:
+        """The sum, made in fp32 at least."""
+        wide = torch.promote_types(base.dtype, torch.float32)
+        up, down = (x.to(base.device, wide) for x in (self.up, self.down))
+        return (base.to(wide) + up @ down).to(base.dtype)
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,27 @@ class Adapter:
     def host(self) -> dict[str, Tensor]:
         """The host parameters by their names in the model."""
         return {k.removeprefix("host."): t for k, t in self.tensors.items() if k.startswith("host.")}
+
+    @property
+    def low_rank(self) -> dict[str, Factors]:
+        """Additions to host parameters by their names: `down` `[r, in]` and `up` `[out, r]`."""
+        prefix, found = "low_rank.", {}
+        for key, up in self.tensors.items():
+            if key.startswith(prefix) and key.endswith(".up"):
+                name = key.removeprefix(prefix).removesuffix(".up")
+                if (down := self.tensors.get(f"{prefix}{name}.down")) is not None:
+                    found[name] = Factors(down, up)
+        return found
+
+    def host_values(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the host's parameters are to be: whole ones as they stand here, or the model's plus what was added."""
+        values = self.host
+        for name, factors in self.low_rank.items():
+            base = values.get(name, host_parameter(model, name))
+            if base is None:
+                raise ValueError(f"{self.source}: the {type(model).__name__} has no parameter {name!r}.")
+            values[name] = factors.added_to(base)
+        return values
 
     def of_layer(self, layer: str) -> dict[str, Tensor]:
         """The state dict of one layer's mechanism."""
@@ -55,6 +91,12 @@ class Adapter:
             if parameter is None:
                 raise ValueError(f"{self.source}: the {type(model).__name__} has no parameter {name!r}.")
             expected[f"host.{name}"] = tuple(parameter.shape)
+        for name, factors in self.low_rank.items():
+            parameter = host_parameter(model, name)
+            if parameter is None or parameter.ndim != 2:
+                raise ValueError(f"{self.source}: the {type(model).__name__} has no matrix {name!r}.")
+            rank, (rows, columns) = factors.up.shape[-1], parameter.shape
+            expected |= {f"low_rank.{name}.up": (rows, rank), f"low_rank.{name}.down": (rank, columns)}
         missing, extra = sorted(set(expected) - set(self.tensors)), sorted(set(self.tensors) - set(expected))
         if missing or extra:
             raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, read_adapter, swap_host
+from .adapter import Adapter, Factors, read_adapter, swap_host
 from .call import Clock, Layout, Site, Stream
 from .families import Family, family_of
 from .families.base import Processor, backend_name, check_fused, is_default_backend
@@ -50,6 +50,7 @@ class Record:
     read_time: Callable[..., Tensor] | None = None  # where some mechanism needs the clock
     streams: dict[str, Stream] = field(default_factory=dict)  # by the norms that some mechanism looks before
     originals: dict[str, Tensor] = field(default_factory=dict)  # host parameters that loaded weights replaced
+    low_rank: dict[str, Factors] = field(default_factory=dict)  # what was added to them, where the weights say so
 
 
 @dataclass
@@ -106,7 +107,7 @@ def apply_adapter(
             entry.mechanism.fuse_prologue = fuse_prologue
         if adapter is not None:
             adapter.check(model, {name: e.mechanism for name, e in record.entries.items()})
-    added = any(_has_parameters(record) for _, record in plans) or bool(adapter and adapter.host)
+    added = any(_has_parameters(record) for _, record in plans) or bool(adapter and (adapter.host or adapter.low_rank))
     done: list[tuple[nn.Module, Record | None]] = []
     with without_sequential_offload(pipe_or_model, models, added or _has_originals(models)):
         try:
@@ -316,7 +317,8 @@ def _replace(model: nn.Module, record: Record, adapter: Adapter | None, set_proc
         if adapter is not None:
             for name, entry in record.entries.items():
                 entry.mechanism.load_state_dict(adapter.of_layer(name))
-            record.originals = swap_host(model, adapter.host)
+            record.originals = swap_host(model, adapter.host_values(model))
+            record.low_rank = adapter.low_rank
     except BaseException:
         _put_back(model, previous)
         raise

@@ -9,16 +9,25 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from .adapter import CONFIG, WEIGHTS, host_names, host_parameter, read_adapter
+from .adapter import CONFIG, WEIGHTS, Factors, host_names, host_parameter, read_adapter
 from .apply import apply_adapter, denoisers, record_of
 from .families import family_of
 from .families.base import class_names
 from .version import __version__
 
 
-def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None = None) -> None:
+def save(
+    pipe_or_model: Any,
+    folder: str | Path,
+    *,
+    host: Sequence[str] | None = None,
+    lora: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write what `apply` put in, to be read by `load`.
 
     Args:
@@ -26,18 +35,22 @@ def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None =
         folder: made if it does not exist; its parent must.
         host: patterns of host parameters that were trained with the mechanism; default those that came with loaded
             weights.
+        lora: name of a PEFT adapter on the host that was trained with the mechanism; its factors are written, and
+            loading adds their product to the host's matrices, so that PEFT is not needed then.
+        dtype: of the numbers on disk; default as they are.
 
     Raises:
-        ValueError: nothing is applied, more than one model is changed, a pattern matches nothing, or there is no such
-            place.
+        ValueError: nothing is applied, more than one model is changed, a pattern matches nothing, no layer has that
+            PEFT adapter, or there is no such place.
         NotImplementedError: the model is offloaded layer by layer.
     """
     changed = [(m, r) for m in denoisers(pipe_or_model) if (r := record_of(m)) is not None]
     if len(changed) != 1:
         raise ValueError(f"save needs exactly one changed model, got {len(changed)}; apply first, or pass the model.")
     model, record = changed[0]
+    low_rank = dict(record.low_rank) if lora is None else _lora_factors(model, lora)
     if host is None:
-        names = list(record.originals)
+        names = [] if lora is not None else [n for n in record.originals if n not in low_rank]
     else:
         known = host_names(model)
         for pattern in host:
@@ -50,6 +63,8 @@ def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None =
         if value is None:
             raise ValueError(f"The {type(model).__name__} has no parameter {name!r} any more.")
         tensors[f"host.{name}"] = value.detach().contiguous()
+    for name, factors in low_rank.items():
+        tensors |= {f"low_rank.{name}.{key}": t.detach().contiguous() for key, t in factors._asdict().items()}
     for layer, entry in record.entries.items():
         for name, value in entry.mechanism.state_dict().items():
             tensors[f"mechanism.{layer}.{name}"] = value.contiguous()
@@ -57,6 +72,8 @@ def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None =
         raise NotImplementedError(
             "The model is offloaded layer by layer, its values are elsewhere: save first, or after remove_all_hooks()."
         )
+    if dtype is not None:
+        tensors = {key: value.to(dtype) for key, value in tensors.items()}
     config = {
         "linfusion_version": __version__,
         "model": family_of(model).model,
@@ -72,6 +89,21 @@ def save(pipe_or_model: Any, folder: str | Path, *, host: Sequence[str] | None =
     (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
     os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
+
+
+def _lora_factors(model: nn.Module, lora: str) -> dict[str, Factors]:
+    """A PEFT adapter's factors by the host parameter that they add to, PEFT's scale in `up`."""
+    found = {}
+    for name, module in model.named_modules():
+        if lora in getattr(module, "lora_A", {}):
+            wrapped: Any = module
+            if getattr(wrapped, "lora_variant", {}).get(lora) or getattr(wrapped, "lora_bias", {}).get(lora):
+                raise NotImplementedError(f"{name}: {lora} is no plain LoRA, whose two factors could be saved.")
+            up = wrapped.lora_B[lora].weight * wrapped.scaling[lora]
+            found[f"{name}.weight"] = Factors(wrapped.lora_A[lora].weight, up)
+    if not found:
+        raise ValueError(f"lora={lora!r} is no LoRA on the {type(model).__name__}; add one with PEFT first.")
+    return found
 
 
 def load(pipe_or_model: Any, source: str | Path) -> Any:

@@ -1,6 +1,7 @@
 """Measures: does a drawn picture land on the training picture that has its caption?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,10 +9,10 @@ import torch.nn.functional as F
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from linfusion.demos.emoji.data import EmojiData
+from linfusion.demos.emoji.data import EmojiData, load_data
 from linfusion.demos.emoji.flow import Examples
 from linfusion.demos.emoji.models import Denoiser, build_scheduler, unpack
-from linfusion.demos.emoji.text import MAX_TOKENS
+from linfusion.demos.emoji.text import MAX_TOKENS, normalise
 
 THUMBNAIL = 32
 
@@ -72,6 +73,18 @@ def draw(
         ).images
         parts.append(pictures.float() * 2 - 1)
     return torch.cat(parts)
+
+
+def top_1(source: str | Path) -> Callable[[torch.Tensor, Sequence[str]], float]:
+    """The same share for any pictures `[N, 3, H, W]` in [0, 1] and their captions; `source` as `load_data` takes it."""
+    data = load_data(source)
+    reference = data_thumbnails(data)
+
+    def measure(pictures: torch.Tensor, captions: Sequence[str]) -> float:
+        wanted = [normalise(caption) for caption in captions]
+        return float(np.mean(retrieved(thumbnails(pictures * 2 - 1), wanted, reference, data.captions)))
+
+    return measure
 
 
 def retrieval(pipe: FluxPipeline, data: EmojiData, captions: list[str], **settings) -> float:

@@ -18,12 +18,12 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    from . import bench, describe, generate
+    from . import bench, describe, distill, generate
 
     parser = Parser(prog="linfusion", description="Linear and sparse attention for diffusers: try it, measure it.")
     parser.add_argument("--version", action="version", version=f"linfusion {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, describe, bench):
+    for module in (generate, describe, distill, bench):
         module.add_command(commands)
     return parser
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, NotImplementedError, ImportError, OSError, MemoryError) as error:
+    except (ValueError, NotImplementedError, ImportError, OSError, MemoryError, FloatingPointError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         _say(f"linfusion: error: {reason}")
         return 2

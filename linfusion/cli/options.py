@@ -24,8 +24,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 elsewhere")
 
 
-def add_mechanism_options(parser: argparse.ArgumentParser) -> None:
-    """--mechanism, one option for every setting of every mechanism, --adapter, --untrained."""
+def add_mechanism_options(parser: argparse.ArgumentParser, adapters: bool = True) -> None:
+    """--mechanism, one option for every setting of every mechanism; with `adapters` --adapter, --untrained."""
     group = parser.add_argument_group("mechanism")
     group.add_argument("--mechanism", metavar="NAME", help=f"{', '.join(mechanisms())}; default the model's own")
     settings: dict[str, list[str]] = {}
@@ -36,6 +36,9 @@ def add_mechanism_options(parser: argparse.ArgumentParser) -> None:
     for setting, users in settings.items():
         flag = "--" + setting.replace("_", "-")
         group.add_argument(flag, dest=f"set_{setting}", metavar="VALUE", help=f"of {', '.join(users)}")
+    if not adapters:
+        parser.set_defaults(adapter=None, untrained=False)
+        return
     group.add_argument("--adapter", metavar="NAME", help="a trained adapter: a folder or a Hub id")
     group.add_argument("--untrained", action="store_true", help="the adapter's mechanism without its weights")
 

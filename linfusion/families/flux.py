@@ -57,7 +57,7 @@ def flux_rope(tables: Any, covers_text: bool = True) -> Rope | None:
 def flux_layout(
     host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str], *, words: int = 1, ids: int = 4
 ) -> Layout:
-    """The grid stands in `img_ids`, a tensor: reading it waits for the device, so only who needs it pays.
+    """The grid stands in `img_ids`, a tensor: reading it waits for the device, so only who needs it pays, and once.
 
     `words` and `ids` are the places of the text and of `img_ids` among the arguments of the host's forward.
     """
@@ -66,16 +66,31 @@ def flux_layout(
     if "grid" not in needs:
         return Layout(tokens=tokens, text=text)
     places = argument(args, kwargs, ids, "img_ids")
-    sizes = ids_grid(places[0] if places.ndim == 3 else places)
     if torch.compiler.is_compiling():
+        sizes = ids_grid(places[0] if places.ndim == 3 else places)
         return Layout(sizes, tokens, text)  # the op that uses it reads it, and checks it against the tokens
-    grid = tuple(sizes.tolist())
+    grid = known_grid(places)
     if math.prod(grid) != tokens:
         raise ValueError(
             f"img_ids do not describe one grid of {tokens} image tokens, row by row. Reference images in the "
             "sequence (FLUX Kontext, FLUX.2 with input images) are not supported by mechanisms that need the grid."
         )
     return Layout(grid, tokens, text)
+
+
+def known_grid(places: Tensor) -> tuple[int, ...]:
+    """`ids_grid`, noted on the tensor: samplers and trainers hand the same one over at every step.
+
+    Its version tells whether it was written to since; tensors made in inference mode have none and are read each time.
+    """
+    version = None if places.is_inference() else places._version
+    known = getattr(places, "_linfusion_grid", None)
+    if version is not None and known is not None and known[0] == version:
+        return known[1]
+    grid = tuple(ids_grid(places[0] if places.ndim == 3 else places).tolist())
+    if version is not None:
+        places._linfusion_grid = version, grid  # type: ignore[attr-defined]
+    return grid
 
 
 def ids_grid(ids: Tensor) -> Tensor:
