@@ -19,26 +19,20 @@ if HAS_TRITON:
 _compiled: dict[Any, Any] = {}
 
 
-def _kind(x: Any) -> Any:
-    """What Triton may compile a kernel anew for: type, alignment to 16, and whether an int is one or takes 64 bits."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int):
-        return x == 1, x % 16 == 0, -(1 << 31) <= x < 1 << 31
-    return type(x)
-
-
 def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
     """Run `kernel` on the current stream.
 
     Args:
-        arguments: those that are not compile-time constants, in the kernel's order, which come first there.
+        arguments: those that are not compile-time constants, in the kernel's order, which come first there: tensors,
+            then numbers.
         settings: the constants, always in the same order, and the number of warps.
     """
     if not _DIRECT:
         kernel[grid](*arguments, **settings)
         return
-    key = (kernel, arguments[0].device.index, *settings.values(), *map(_kind, arguments))
+    # tensors count by type and alignment; numbers by value, which is quicker than to ask what Triton asks of each
+    kinds = [(x.dtype, x.data_ptr() % 16) for x in arguments if isinstance(x, Tensor)]
+    key = (id(kernel), arguments[0].device.index, *settings.values(), *kinds, *arguments[len(kinds) :])
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*arguments, **settings)

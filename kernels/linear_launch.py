@@ -62,15 +62,20 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(4096)
-def plan(kernel: str, shape: tuple[int, ...], wide: bool, aligned: bool, device: torch.device, budget: float) -> Plan:
+def plan(
+    kernel: str, shape: tuple[int, ...], wide: bool, layouts: tuple[tuple[tuple[int, ...], int], ...],
+    device: torch.device, budget: float,
+) -> Plan:  # fmt: skip
     """Cut `B * H` sequences of `shape` `[B, S, H, D]` in pieces: `budget` bytes may go to one record for each.
 
     Args:
         wide: fp32 takes small blocks, its products need room.
-        aligned: whether 8 channels can be read at once.
+        layouts: strides and offset of each tensor that is read: where rows and heads begin at multiples of 8 channels
+            (with D 40 and 72, too), 8 are read at once.
         budget: infinite for kernels that leave no records.
     """
     batch, tokens, heads, dim = shape
+    aligned = dim % 8 == 0 and all(n % 8 == 0 for strides, offset in layouts for n in (*strides[:-1], offset))
     block = next(sizes for most, sizes in BLOCKS[kernel].items() if dim <= most)
     if wide:
         block = block._replace(tokens=16, stages=1, warps=4 if dim <= 64 else 8)
@@ -85,9 +90,8 @@ def plan(kernel: str, shape: tuple[int, ...], wide: bool, aligned: bool, device:
 
 
 def _plan(kernel: str, x: Tensor, *read: Tensor, budget: float = math.inf) -> Plan:
-    # heads and rows must begin at multiples of 8 channels (as with D 40 and 72, too)
-    aligned = all(n % 8 == 0 for y in (x, *read) for n in (*y.stride()[:-1], y.storage_offset()))
-    return plan(kernel, tuple(x.shape), x.element_size() == 4, aligned and x.shape[-1] % 8 == 0, x.device, budget)
+    layouts = tuple([(y.stride(), y.storage_offset()) for y in (x, *read)])
+    return plan(kernel, x.shape, x.element_size() == 4, layouts, x.device, budget)
 
 
 def _rope(cos: Tensor | None, sin: Tensor | None, interleaved: bool, like: Tensor) -> tuple[Any, ...]:
