@@ -40,6 +40,8 @@ BLOCKS = {
     "query": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 32, 4, 1)},
     "key": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 32, 4, 2), 256: Blocks(32, 16, 4, 1)},
 }
+# sums of exponentials that may leave room for none of their parts to overflow
+MOST = {torch.bfloat16: 2.0**60, torch.float16: 2.0**15}
 # a piece of what text sees, in blocks: shorter ones cost more to merge than they save
 SHORTEST_PIECE = 8
 
@@ -135,13 +137,17 @@ def forward(
     pooled = 0 if pooled_k is None else pooled_k.shape[1]
     more = (k, v) if pooled_k is None or pooled_v is None else (pooled_k, pooled_v)
     text, text_at, image_at, *places = run.places
-    launch(
-        triton_kernels.forward_kernel, run.grid,
-        (q, k, v, *more, real, *run.tables, out, lse, part,
-         tokens, text, text_at, image_at, pooled, *places, heads, heads // k.shape[2], *run.rule,
-         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *more[0].stride()[:3], *more[1].stride()[:3], real_b),
-        run.settings | {"POOLED": pooled > 0, "KEEP_LSE": keep_lse},
-    )  # fmt: skip
+    # fp32 keeps what fp16 would not: its exponents end at 2^16
+    modes = ("fast", "repair") if q.dtype in MOST else ("safe",)
+    repair = torch.empty(run.grid[:1] if len(modes) > 1 else (0,), dtype=torch.int32, device=q.device)
+    for mode in modes:
+        launch(
+            triton_kernels.forward_kernel, run.grid,
+            (q, k, v, *more, real, *run.tables, repair, out, lse, part,
+             tokens, text, text_at, image_at, pooled, *places, heads, heads // k.shape[2], *run.rule,
+             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *more[0].stride()[:3], *more[1].stride()[:3], real_b),
+            run.settings | {"POOLED": pooled > 0, "SAME": k.stride(1) == v.stride(1), "KEEP_LSE": keep_lse, "MODE": mode, "MOST": MOST.get(q.dtype, 1.0)},
+        )  # fmt: skip
     if cut:
         record = part[..., dim]
         top = record.logsumexp(0)
@@ -163,12 +169,6 @@ def backward(
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     delta = torch.empty_like(lse)
-    launch(
-        triton_kernels.delta_kernel, (-(-batch * tokens * heads // 32), 1, 1),
-        (out, grad, lse if grad_lse is None else grad_lse, delta, batch * tokens * heads, tokens, heads,
-         *grad.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride())),
-        {"D": dim, "BD": max(16, 1 << (dim - 1).bit_length()), "LSE": grad_lse is not None, "num_warps": 4},
-    )  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     pooled = 0 if pooled_k is None else pooled_k.shape[1]
     more = (k, v) if pooled_k is None or pooled_v is None else (pooled_k, pooled_v)
@@ -180,10 +180,11 @@ def backward(
     text, text_at, image_at, *places = run.places
     launch(
         triton_kernels.query_backward_kernel, run.grid,
-        (q, k, v, *more, real, *run.tables, grad, lse, delta, dq, part,
+        (q, k, v, *more, real, *run.tables, out, grad, lse, lse if grad_lse is None else grad_lse, delta, dq, part,
          tokens, text, text_at, image_at, pooled, *places, heads, heads // k.shape[2], *run.rule,
-         *strides, *more[0].stride()[:3], *more[1].stride()[:3], real_b, *grad.stride()[:3]),
-        run.settings | {"POOLED": pooled > 0},
+         *strides, *more[0].stride()[:3], *more[1].stride()[:3], real_b, *grad.stride()[:3],
+         *((0, 0, 0) if grad_lse is None else grad_lse.stride())),
+        run.settings | {"POOLED": pooled > 0, "SAME": k.stride(1) == v.stride(1), "LSE_HAS_GRAD": grad_lse is not None},
     )  # fmt: skip
     words = slice(text_at, text_at + text)
     if cut:
@@ -199,7 +200,7 @@ def backward(
             (q, k, v, real, *run.tables, grad, lse, delta, dk, dv, part,
              tokens, text, text_at, image_at, *places, first, last, k.shape[1], heads, heads // k.shape[2], *run.rule,
              *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], real_b, *grad.stride()[:3]),
-            run.settings,
+            run.settings | {"SAME": q.stride(1) == grad.stride(1)},
         )  # fmt: skip
         if cut:
             merged = part.sum(0).view(batch, heads, text, 2, dim).permute(3, 0, 2, 1, 4)

@@ -150,30 +150,42 @@ def _box(
 
 
 @triton.jit
-def _weigh(s, m, l, acc, v, scale):
-    """One more block of the running softmax: scores `[BM, BN]` in fp32, unscaled; `scale` includes log2(e)."""
-    highest = tl.maximum(m, tl.max(s, 1) * scale)
-    p = _exp2(s * scale - highest[:, None])
-    fade = _exp2(m - highest)
-    acc = _dot(p.to(v.dtype), v, acc * fade[:, None])
-    return highest, l * fade + tl.sum(p, 1), acc
+def _weigh(s, m, l, acc, v, scale, MODE: tl.constexpr):
+    """One more block of the softmax: scores `[BM, BN]` in fp32, unscaled; `scale` includes log2(e)."""
+    if MODE != "fast":
+        highest = tl.maximum(m, tl.max(s, 1) * scale)
+        fade = _exp2(m - highest)
+        m, l, acc = highest, l * fade, acc * fade[:, None]
+    p = _exp2(s * scale - m[:, None])
+    return m, l + tl.sum(p, 1), _dot(p.to(v.dtype), v, acc)
 
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, PK, PV, REAL, TABLE, STARTS, OUT, LSE, PART,
+    Q, K, V, PK, PV, REAL, TABLE, STARTS, REPAIR, OUT, LSE, PART,
     tokens, text, text_at, image_at, pooled, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
     heads, group, wf, wy, wx, bound, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pk_b, pk_t, pk_h, pv_b, pv_t, pv_h, real_b,
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
-    EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, KEEP_LSE: tl.constexpr,
-    STAGES: tl.constexpr,
+    EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SAME: tl.constexpr, KEEP_LSE: tl.constexpr,
+    MODE: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Out `[B, S, H, D]` and, if kept, log-sum-exps `[B, S, H]`; text leaves a record for each piece in PART
-    `[pieces, B * H, text, D + 1]` where there are several."""
+    """Out `[B, S, H, D]` and, if kept, log-sum-exps `[B * H, S]`; text leaves a record for each piece in PART
+    `[pieces, B * H, text, D + 1]` where there are several.
+
+    What is subtracted from a row's scores is their highest so far, as usual, unless MODE is "fast": then it is the
+    query's score with its own key, which nothing has to wait for. Only if others are higher by far (a sum above MOST),
+    or, among pieces of text, lower by far, does that leave the range of numbers; REPAIR says where, and a second launch
+    with MODE "repair" does those programs again.
+    """
     BM: tl.constexpr = TF * TY * TX
     BN: tl.constexpr = BF * BY * BX
+    if SAME:
+        v_t = k_t
+    if MODE == "repair":
+        if tl.load(REPAIR + tl.program_id(0)) == 0:
+            return
     pid, lane, is_text = _program(text_programs, images)
     lanes = tl.num_programs(0) // (text_programs + images)
     b, h = (lane // heads).to(tl.int64), lane % heads
@@ -186,7 +198,11 @@ def forward_kernel(
     K += b * k_b + h // group * k_h
     V += b * v_b + h // group * v_h
     q = _load(Q, at.to(tl.int64)[:, None] * q_t + cols[None, :], cols, D)
-    m = tl.full((BM,), LOWEST, tl.float32)
+    if MODE == "fast":
+        own = _load(K, at.to(tl.int64)[:, None] * k_t + cols[None, :], cols, D)
+        m = tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * scale
+    else:
+        m = tl.full((BM,), LOWEST, tl.float32)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
 
@@ -203,7 +219,7 @@ def forward_kernel(
             if MASKED:
                 seen = seen & (tl.load(REAL + b * real_b + start + n, mask=seen, other=0) != 0)
             s = tl.where(seen[None, :], s, float("-inf"))
-        m, l, acc = _weigh(s, m, l, acc, v, scale)
+        m, l, acc = _weigh(s, m, l, acc, v, scale, MODE)
 
     if POOLED:
         PK += b * pk_b + h // group * pk_h
@@ -214,22 +230,24 @@ def forward_kernel(
             k = _load(PK + start.to(tl.int64) * pk_t, rows[:, None] * pk_t + cols[None, :], cols, D)
             v = _load(PV + start.to(tl.int64) * pv_t, rows[:, None] * pv_t + cols[None, :], cols, D)
             s = tl.where((start + n < pooled)[None, :], tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
-            m, l, acc = _weigh(s, m, l, acc, v, scale)
+            m, l, acc = _weigh(s, m, l, acc, v, scale, MODE)
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
         at_k, inside, _f, _y, _x = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
         k = _load(K + at_k.to(tl.int64) * k_t, inside[:, None] * k_t + cols[None, :], cols, D)
         v = _load(V + at_k.to(tl.int64) * v_t, inside[:, None] * v_t + cols[None, :], cols, D)
-        m, l, acc = _weigh(tl.dot(q, k.T, input_precision="ieee"), m, l, acc, v, scale)
+        m, l, acc = _weigh(tl.dot(q, k.T, input_precision="ieee"), m, l, acc, v, scale, MODE)
     for i in tl.range(edge_from, end, num_stages=STAGES):
         at_k, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
         k = _load(K + at_k.to(tl.int64) * k_t, inside[:, None] * k_t + cols[None, :], cols, D)
         v = _load(V + at_k.to(tl.int64) * v_t, inside[:, None] * v_t + cols[None, :], cols, D)
         near = _near(qf, qy, qx, kf, ky, kx, wf, wy, wx, bound, AXES, BOX)
         s = tl.where(near, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
-        m, l, acc = _weigh(s, m, l, acc, v, scale)
+        m, l, acc = _weigh(s, m, l, acc, v, scale, MODE)
 
+    if MODE == "fast":
+        tl.store(REPAIR + tl.program_id(0), tl.max(tl.where((l > 1 / MOST) & (l < MOST), 0, 1)))
     lse = (m + tl.math.log2(l)) * LN2
     acc = acc / l[:, None]
     seen = there[:, None] & (cols < D)[None, :]
@@ -243,23 +261,6 @@ def forward_kernel(
         tl.store(OUT + place[:, None] * D + cols[None, :], acc.to(OUT.dtype.element_ty), mask=seen)
         if KEEP_LSE:
             tl.store(LSE + lane.to(tl.int64) * tokens + at, lse, mask=there)
-
-
-@triton.jit
-def delta_kernel(OUT, GRAD, LSE_GRAD, DELTA, rows, tokens, heads, g_b, g_t, g_h, l_b, l_t, l_h,
-                 D: tl.constexpr, BD: tl.constexpr, LSE: tl.constexpr):  # fmt: skip
-    """What a query's scores' gradients are measured from, `[B * H, S]`: sum(out * grad), less the log-sum-exp's own."""
-    row = tl.program_id(0) * 32 + tl.arange(0, 32)
-    there, cols = row < rows, tl.arange(0, BD)
-    row = tl.minimum(row, rows - 1).to(tl.int64)
-    b, t, h = row // (tokens * heads), row // heads % tokens, row % heads
-    seen = (cols < D)[None, :]
-    out = tl.load(OUT + row[:, None] * D + cols[None, :], mask=seen, other=0.0).to(tl.float32)
-    grad = tl.load(GRAD + (b * g_b + t * g_t + h * g_h)[:, None] + cols[None, :], mask=seen, other=0.0).to(tl.float32)
-    delta = tl.sum(out * grad, 1)
-    if LSE:
-        delta -= tl.load(LSE_GRAD + b * l_b + t * l_t + h * l_h).to(tl.float32)
-    tl.store(DELTA + (b * heads + h) * tokens + t, delta, mask=there)
 
 
 @triton.jit
@@ -285,15 +286,20 @@ def _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, MASK: tl.constexpr):
 
 @triton.jit
 def query_backward_kernel(
-    Q, K, V, PK, PV, REAL, TABLE, STARTS, DO, LSE, DELTA, DQ, PART,
+    Q, K, V, PK, PV, REAL, TABLE, STARTS, OUT, DO, LSE, LSE_GRAD, DELTA, DQ, PART,
     tokens, text, text_at, image_at, pooled, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
     heads, group, wf, wy, wx, bound, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pk_b, pk_t, pk_h, pv_b, pv_t, pv_h, real_b, do_b, do_t, do_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pk_b, pk_t, pk_h, pv_b, pv_t, pv_h, real_b, do_b, do_t, do_h, lg_b, lg_t, lg_h,
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
-    EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SAME: tl.constexpr,
+    LSE_HAS_GRAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq `[B, S, H, D]`; of text in pieces, fp32 parts `[pieces, B * H, text, D]`."""
+    """dq `[B, S, H, D]`; of text in pieces, fp32 parts `[pieces, B * H, text, D]`. Also leaves in DELTA `[B * H, S]` what
+    the gradients of a query's scores are measured from: sum(out * grad), less the gradient of its log-sum-exp.
+    """
+    if SAME:
+        v_t = k_t
     BM: tl.constexpr = TF * TY * TX
     BN: tl.constexpr = BF * BY * BX
     pid, lane, is_text = _program(text_programs, images)
@@ -308,8 +314,13 @@ def query_backward_kernel(
     V += b * v_b + h // group * v_h
     q = _load(Q + b * q_b + h * q_h, at.to(tl.int64)[:, None] * q_t + cols[None, :], cols, D)
     do = _load(DO + b * do_b + h * do_h, at.to(tl.int64)[:, None] * do_t + cols[None, :], cols, D)
+    place = (b * tokens + at) * heads + h
+    out = _load(OUT, place[:, None] * D + cols[None, :], cols, D)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    if LSE_HAS_GRAD:
+        delta -= tl.load(LSE_GRAD + b * lg_b + at.to(tl.int64) * lg_t + h * lg_h).to(tl.float32)
+    tl.store(DELTA + lane.to(tl.int64) * tokens + at, delta, mask=there)
     lse = tl.load(LSE + lane.to(tl.int64) * tokens + at) * LOG2E
-    delta = tl.load(DELTA + lane.to(tl.int64) * tokens + at)
     dq = tl.zeros((BM, BD), tl.float32)
 
     for i in tl.range(0, tl.cdiv(last - first, BN), num_stages=STAGES):
@@ -350,10 +361,9 @@ def query_backward_kernel(
     dq *= scale * LN2
     seen = there[:, None] & (cols < D)[None, :]
     if is_text & (pieces > 1):
-        place = ((pid % pieces).to(tl.int64) * lanes + lane) * text + at - text_at
-        tl.store(PART + place[:, None] * D + cols[None, :], dq, mask=seen)
+        part = ((pid % pieces).to(tl.int64) * lanes + lane) * text + at - text_at
+        tl.store(PART + part[:, None] * D + cols[None, :], dq, mask=seen)
     else:
-        place = (b * tokens + at) * heads + h
         tl.store(DQ + place[:, None] * D + cols[None, :], dq.to(DQ.dtype.element_ty), mask=seen)
 
 
@@ -365,13 +375,15 @@ def key_backward_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, real_b, do_b, do_t, do_h,
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
-    EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, SAME: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv `[B, own, H, D]`, of each query head; of text in pieces, fp32 parts `[pieces, B * H, text, 2, D]`.
 
     An image tile's keys meet all text queries and the boxes of queries that see them, text keys the queries from
     `run_at` to `run_end`; pooled keys are a text of their own, with `own` tokens, in a launch without images.
     """
+    if SAME:
+        do_t = q_t
     BM: tl.constexpr = TF * TY * TX
     BN: tl.constexpr = BF * BY * BX
     pid, lane, is_text = _program(text_programs, images)
