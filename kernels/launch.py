@@ -19,20 +19,31 @@ if HAS_TRITON:
 _compiled: dict[Any, Any] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    settings: dict[str, Any],
+    descriptors: tuple[Any, ...] = (),
+) -> None:
     """Run `kernel` on the current stream.
 
     Args:
         arguments: those that are not compile-time constants, in the kernel's order, which come first there: tensors,
             then numbers.
         settings: the constants, always in the same order, and the number of warps.
+        descriptors: tensors as the copy engine wants them, which stand between tensors and numbers.
     """
     if not _DIRECT:
-        kernel[grid](*arguments, **settings)
+        tensors = sum(isinstance(x, Tensor) for x in arguments)
+        kernel[grid](*arguments[:tensors], *descriptors, *arguments[tensors:], **settings)
         return
     # tensors count by type and alignment; numbers by value, which is quicker than to ask what Triton asks of each
     kinds = [(x.dtype, x.data_ptr() % 16) for x in arguments if isinstance(x, Tensor)]
     key = (id(kernel), arguments[0].device.index, *settings.values(), *kinds, *arguments[len(kinds) :])
+    key += tuple([tuple(x.block_shape) for x in descriptors])
+    if descriptors:
+        arguments = (*arguments[: len(kinds)], *descriptors, *arguments[len(kinds) :])
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*arguments, **settings)

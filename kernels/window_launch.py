@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,11 @@ from .launch import launch
 
 if HAS_TRITON:
     from . import window_triton as triton_kernels
+
+    try:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    except ImportError:  # before 3.4
+        TensorDescriptor = None
 
 LOG2E = 1.4426950408889634
 Shape = tuple[int, int, int]
@@ -113,6 +119,43 @@ def why_not(q: Tensor, window: Window) -> str | None:
     return None
 
 
+def _tiles(x: Tensor, y: Tensor, window: Window, settings: dict[str, Any]) -> tuple[Any, ...]:
+    """x and y `[B, S, H, D]` for Hopper's copy engine, as runs of the sequence and as boxes of the grid; or x and y
+    themselves, where it cannot read them. Sets `TMA`."""
+    settings["TMA"] = _tma(x) and _tma(y)
+    if not settings["TMA"]:
+        return x, y, x, y
+    width = settings["BD"]
+    run = [1, settings["BF"] * settings["BY"] * settings["BX"], width]
+    box = [1, *((settings["BF"],) if len(window.grid) == 3 else ()), settings["BY"], settings["BX"], width]
+    image = slice(window.text, None) if window.text_first else slice(0, x.shape[1] - window.text)
+
+    def boxes(x: Tensor) -> Any:
+        flat = x[:, image].flatten(2).unflatten(1, window.grid)
+        return TensorDescriptor(flat, flat.shape, flat.stride(), box)
+
+    def runs(x: Tensor) -> Any:
+        flat = x.flatten(2)
+        return TensorDescriptor(flat, flat.shape, flat.stride(), run)
+
+    return runs(x), runs(y), boxes(x), boxes(y)
+
+
+def _tma(x: Tensor) -> bool:
+    """Whether Hopper's copy engine can read the heads of x: side by side, everything aligned to 16 bytes."""
+    if TensorDescriptor is None or x.element_size() != 2 or x.stride(2) != x.shape[3] or not _engine(x.device):
+        return False
+    return x.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in (*x.stride()[:3], x.storage_offset()))
+
+
+@functools.cache
+def _engine(device: torch.device) -> bool:
+    """Whether there is one; the interpreter has what stands for it."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def _real(text_mask: Tensor | None, q: Tensor, window: Window) -> tuple[Tensor, int]:
     """Which tokens of the sequence are real, as int8, and the stride of samples; `q` stands in where all are."""
     if text_mask is None or window.text == 0:
@@ -140,6 +183,7 @@ def forward(
     # fp32 keeps what fp16 would not: its exponents end at 2^16
     modes = ("fast", "repair") if q.dtype in MOST else ("safe",)
     repair = torch.empty(run.grid[:1] if len(modes) > 1 else (0,), dtype=torch.int32, device=q.device)
+    tiles = _tiles(k, v, window, run.settings)
     for mode in modes:
         launch(
             triton_kernels.forward_kernel, run.grid,
@@ -147,6 +191,7 @@ def forward(
              tokens, text, text_at, image_at, pooled, *places, heads, heads // k.shape[2], *run.rule,
              *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *more[0].stride()[:3], *more[1].stride()[:3], real_b),
             run.settings | {"POOLED": pooled > 0, "SAME": k.stride(1) == v.stride(1), "KEEP_LSE": keep_lse, "MODE": mode, "MOST": MOST.get(q.dtype, 1.0)},
+            tiles,
         )  # fmt: skip
     if cut:
         record = part[..., dim]
@@ -178,6 +223,7 @@ def backward(
     dq = torch.empty((batch, tokens, heads, dim), dtype=q.dtype, device=q.device)
     part = torch.empty((run.pieces, batch * heads, window.text, dim) if cut else (0,), dtype=torch.float32, device=q.device)
     text, text_at, image_at, *places = run.places
+    tiles = _tiles(k, v, window, run.settings)
     launch(
         triton_kernels.query_backward_kernel, run.grid,
         (q, k, v, *more, real, *run.tables, out, grad, lse, lse if grad_lse is None else grad_lse, delta, dq, part,
@@ -185,6 +231,7 @@ def backward(
          *strides, *more[0].stride()[:3], *more[1].stride()[:3], real_b, *grad.stride()[:3],
          *((0, 0, 0) if grad_lse is None else grad_lse.stride())),
         run.settings | {"POOLED": pooled > 0, "SAME": k.stride(1) == v.stride(1), "LSE_HAS_GRAD": grad_lse is not None},
+        tiles,
     )  # fmt: skip
     words = slice(text_at, text_at + text)
     if cut:
@@ -195,12 +242,14 @@ def backward(
         cut = run.pieces > 1 and text > 0
         dk, dv = (torch.empty((batch, k.shape[1], heads, dim), dtype=k.dtype, device=k.device) for _ in range(2))
         part = torch.empty((run.pieces, batch * heads, text, 2, dim) if cut else (0,), dtype=torch.float32, device=q.device)
+        tiles = _tiles(q, grad, window, run.settings)
         launch(
             triton_kernels.key_backward_kernel, run.grid,
             (q, k, v, real, *run.tables, grad, lse, delta, dk, dv, part,
              tokens, text, text_at, image_at, *places, first, last, k.shape[1], heads, heads // k.shape[2], *run.rule,
              *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], real_b, *grad.stride()[:3]),
             run.settings | {"SAME": q.stride(1) == grad.stride(1)},
+            tiles,
         )  # fmt: skip
         if cut:
             merged = part.sum(0).view(batch, heads, text, 2, dim).permute(3, 0, 2, 1, 4)

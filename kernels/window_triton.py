@@ -130,7 +130,8 @@ def _box(
     code, H, W, n, nf, ny, nx, F, image_at,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A box's first token, the others counted from it `[BN]`, and their coordinates: far away where nothing is."""
+    """A box's first frame, row and column, its first token, the others counted from it `[BN]`, and their coordinates:
+    far away where nothing is."""
     f0, y0, x0 = _unpack(code, BF, BY, BX)
     f, y, x = (f0 + nf).to(tl.float32), (y0 + ny).to(tl.float32), (x0 + nx).to(tl.float32)
     first = image_at + y0 * W + x0
@@ -146,7 +147,30 @@ def _box(
         if AXES == 3:
             f = tl.where(f0 + nf < F, f, FAR)
             inside += tl.minimum(nf, F - 1 - f0) * (H * W)
-    return first, inside, f, y, x
+    return f0, y0, x0, first, inside, f, y, x
+
+
+@triton.jit
+def _run_of(X, TILES, b, h, start, rows, cols, stride, D: tl.constexpr, TMA: tl.constexpr):
+    """A block of the sequence `[BN, BD]`. The copy engine reads on past the run's end and past the head: both are
+    masked, or meet zeros."""
+    if TMA:
+        x = TILES.load([b.to(tl.int32), start, h * D]).reshape(rows.shape[0], cols.shape[0])
+    else:
+        x = _load(X + start.to(tl.int64) * stride, rows[:, None] * stride + cols[None, :], cols, D)
+    return x
+
+
+@triton.jit
+def _box_of(X, TILES, b, h, f, y, x, first, inside, cols, stride, D: tl.constexpr, AXES: tl.constexpr, TMA: tl.constexpr):
+    """A box of the grid `[BN, BD]`."""
+    if not TMA:
+        rows = _load(X + first.to(tl.int64) * stride, inside[:, None] * stride + cols[None, :], cols, D)
+    elif AXES == 3:
+        rows = TILES.load([b.to(tl.int32), f, y, x, h * D]).reshape(inside.shape[0], cols.shape[0])
+    else:
+        rows = TILES.load([b.to(tl.int32), y, x, h * D]).reshape(inside.shape[0], cols.shape[0])
+    return rows
 
 
 @triton.jit
@@ -162,14 +186,14 @@ def _weigh(s, m, l, acc, v, scale, MODE: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, PK, PV, REAL, TABLE, STARTS, REPAIR, OUT, LSE, PART,
+    Q, K, V, PK, PV, REAL, TABLE, STARTS, REPAIR, OUT, LSE, PART, K_RUN, V_RUN, K_BOX, V_BOX,
     tokens, text, text_at, image_at, pooled, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
     heads, group, wf, wy, wx, bound, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pk_b, pk_t, pk_h, pv_b, pv_t, pv_h, real_b,
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
-    EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SAME: tl.constexpr, KEEP_LSE: tl.constexpr,
-    MODE: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SAME: tl.constexpr,
+    TMA: tl.constexpr, KEEP_LSE: tl.constexpr, MODE: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Out `[B, S, H, D]` and, if kept, log-sum-exps `[B * H, S]`; text leaves a record for each piece in PART
     `[pieces, B * H, text, D + 1]` where there are several.
@@ -189,14 +213,15 @@ def forward_kernel(
     pid, lane, is_text = _program(text_programs, images)
     lanes = tl.num_programs(0) // (text_programs + images)
     b, h = (lane // heads).to(tl.int64), lane % heads
+    h_k = h // group
     tile, at, there, qf, qy, qx, first, last = _own(
         pid, 0, tokens, text, text_at, image_at, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, TF, TY, TX, AXES
     )
     n, cols = tl.arange(0, BN), tl.arange(0, BD)
     nf, ny, nx = _place(n, BF, BY, BX)
     Q += b * q_b + h * q_h
-    K += b * k_b + h // group * k_h
-    V += b * v_b + h // group * v_h
+    K += b * k_b + h_k * k_h
+    V += b * v_b + h_k * v_h
     q = _load(Q, at.to(tl.int64)[:, None] * q_t + cols[None, :], cols, D)
     if MODE == "fast":
         own = _load(K, at.to(tl.int64)[:, None] * k_t + cols[None, :], cols, D)
@@ -211,8 +236,8 @@ def forward_kernel(
         rows = n
         if RAGGED:
             rows = tl.minimum(n, last - 1 - start)
-        k = _load(K + start.to(tl.int64) * k_t, rows[:, None] * k_t + cols[None, :], cols, D)
-        v = _load(V + start.to(tl.int64) * v_t, rows[:, None] * v_t + cols[None, :], cols, D)
+        k = _run_of(K, K_RUN, b, h_k, start, rows, cols, k_t, D, TMA)
+        v = _run_of(V, V_RUN, b, h_k, start, rows, cols, v_t, D, TMA)
         s = tl.dot(q, k.T, input_precision="ieee")
         if RAGGED or MASKED:
             seen = start + n < last
@@ -222,8 +247,8 @@ def forward_kernel(
         m, l, acc = _weigh(s, m, l, acc, v, scale, MODE)
 
     if POOLED:
-        PK += b * pk_b + h // group * pk_h
-        PV += b * pv_b + h // group * pv_h
+        PK += b * pk_b + h_k * pk_h
+        PV += b * pv_b + h_k * pv_h
         for i in tl.range(0, tl.cdiv(tl.where(is_text, 0, pooled), BN), num_stages=STAGES):
             start = pooled * 0 + i * BN
             rows = tl.minimum(n, pooled - 1 - start)
@@ -234,14 +259,14 @@ def forward_kernel(
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
-        at_k, inside, _f, _y, _x = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
-        k = _load(K + at_k.to(tl.int64) * k_t, inside[:, None] * k_t + cols[None, :], cols, D)
-        v = _load(V + at_k.to(tl.int64) * v_t, inside[:, None] * v_t + cols[None, :], cols, D)
+        f, y, x, corner, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
+        k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
+        v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
         m, l, acc = _weigh(tl.dot(q, k.T, input_precision="ieee"), m, l, acc, v, scale, MODE)
     for i in tl.range(edge_from, end, num_stages=STAGES):
-        at_k, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
-        k = _load(K + at_k.to(tl.int64) * k_t, inside[:, None] * k_t + cols[None, :], cols, D)
-        v = _load(V + at_k.to(tl.int64) * v_t, inside[:, None] * v_t + cols[None, :], cols, D)
+        f, y, x, corner, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
+        k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
+        v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
         near = _near(qf, qy, qx, kf, ky, kx, wf, wy, wx, bound, AXES, BOX)
         s = tl.where(near, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
         m, l, acc = _weigh(s, m, l, acc, v, scale, MODE)
@@ -287,13 +312,14 @@ def _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, MASK: tl.constexpr):
 @triton.jit
 def query_backward_kernel(
     Q, K, V, PK, PV, REAL, TABLE, STARTS, OUT, DO, LSE, LSE_GRAD, DELTA, DQ, PART,
+    K_RUN, V_RUN, K_BOX, V_BOX,
     tokens, text, text_at, image_at, pooled, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
     heads, group, wf, wy, wx, bound, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pk_b, pk_t, pk_h, pv_b, pv_t, pv_h, real_b, do_b, do_t, do_h, lg_b, lg_t, lg_h,
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
     EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SAME: tl.constexpr,
-    LSE_HAS_GRAD: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, LSE_HAS_GRAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq `[B, S, H, D]`; of text in pieces, fp32 parts `[pieces, B * H, text, D]`. Also leaves in DELTA `[B * H, S]` what
     the gradients of a query's scores are measured from: sum(out * grad), less the gradient of its log-sum-exp.
@@ -305,13 +331,14 @@ def query_backward_kernel(
     pid, lane, is_text = _program(text_programs, images)
     lanes = tl.num_programs(0) // (text_programs + images)
     b, h = (lane // heads).to(tl.int64), lane % heads
+    h_k = h // group
     tile, at, there, qf, qy, qx, first, last = _own(
         pid, 0, tokens, text, text_at, image_at, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, TF, TY, TX, AXES
     )
     n, cols = tl.arange(0, BN), tl.arange(0, BD)
     nf, ny, nx = _place(n, BF, BY, BX)
-    K += b * k_b + h // group * k_h
-    V += b * v_b + h // group * v_h
+    K += b * k_b + h_k * k_h
+    V += b * v_b + h_k * v_h
     q = _load(Q + b * q_b + h * q_h, at.to(tl.int64)[:, None] * q_t + cols[None, :], cols, D)
     do = _load(DO + b * do_b + h * do_h, at.to(tl.int64)[:, None] * do_t + cols[None, :], cols, D)
     place = (b * tokens + at) * heads + h
@@ -328,16 +355,16 @@ def query_backward_kernel(
         rows = n
         if RAGGED:
             rows = tl.minimum(n, last - 1 - start)
-        k = _load(K + start.to(tl.int64) * k_t, rows[:, None] * k_t + cols[None, :], cols, D)
-        v = _load(V + start.to(tl.int64) * v_t, rows[:, None] * v_t + cols[None, :], cols, D)
+        k = _run_of(K, K_RUN, b, h_k, start, rows, cols, k_t, D, TMA)
+        v = _run_of(V, V_RUN, b, h_k, start, rows, cols, v_t, D, TMA)
         seen = start + n < last
         if MASKED:
             seen = seen & (tl.load(REAL + b * real_b + start + n, mask=seen, other=0) != 0)
         dq = _query_step(dq, q, do, lse, delta, k, v, seen[None, :], scale, RAGGED or MASKED)
 
     if POOLED:
-        PK += b * pk_b + h // group * pk_h
-        PV += b * pv_b + h // group * pv_h
+        PK += b * pk_b + h_k * pk_h
+        PV += b * pv_b + h_k * pv_h
         for i in tl.range(0, tl.cdiv(tl.where(is_text, 0, pooled), BN), num_stages=STAGES):
             start = pooled * 0 + i * BN
             rows = tl.minimum(n, pooled - 1 - start)
@@ -347,14 +374,14 @@ def query_backward_kernel(
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
-        at_k, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
-        k = _load(K + at_k.to(tl.int64) * k_t, inside[:, None] * k_t + cols[None, :], cols, D)
-        v = _load(V + at_k.to(tl.int64) * v_t, inside[:, None] * v_t + cols[None, :], cols, D)
+        f, y, x, corner, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
+        k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
+        v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
         dq = _query_step(dq, q, do, lse, delta, k, v, kx[None, :] < 0, scale, False)
     for i in tl.range(edge_from, end, num_stages=STAGES):
-        at_k, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
-        k = _load(K + at_k.to(tl.int64) * k_t, inside[:, None] * k_t + cols[None, :], cols, D)
-        v = _load(V + at_k.to(tl.int64) * v_t, inside[:, None] * v_t + cols[None, :], cols, D)
+        f, y, x, corner, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
+        k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
+        v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
         near = _near(qf, qy, qx, kf, ky, kx, wf, wy, wx, bound, AXES, BOX)
         dq = _query_step(dq, q, do, lse, delta, k, v, near, scale, True)
 
@@ -369,13 +396,14 @@ def query_backward_kernel(
 
 @triton.jit
 def key_backward_kernel(
-    Q, K, V, REAL, TABLE, STARTS, DO, LSE, DELTA, DK, DV, PART,
+    Q, K, V, REAL, TABLE, STARTS, DO, LSE, DELTA, DK, DV, PART, Q_RUN, DO_RUN, Q_BOX, DO_BOX,
     tokens, text, text_at, image_at, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
     run_at, run_end, own, heads, group, wf, wy, wx, bound, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, real_b, do_b, do_t, do_h,
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
-    EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, SAME: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, SAME: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv `[B, own, H, D]`, of each query head; of text in pieces, fp32 parts `[pieces, B * H, text, 2, D]`.
 
@@ -410,24 +438,24 @@ def key_backward_kernel(
         rows = n
         if RAGGED:
             rows = tl.minimum(n, last - 1 - start)
-        q = _load(Q + start.to(tl.int64) * q_t, rows[:, None] * q_t + cols[None, :], cols, D)
-        do = _load(DO + start.to(tl.int64) * do_t, rows[:, None] * do_t + cols[None, :], cols, D)
+        q = _run_of(Q, Q_RUN, b, h, start, rows, cols, q_t, D, TMA)
+        do = _run_of(DO, DO_RUN, b, h, start, rows, cols, do_t, D, TMA)
         lse, delta = tl.load(LSE + start + rows) * LOG2E, tl.load(DELTA + start + rows)
         near = (start + n < last)[None, :] & real[:, None]
         dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, RAGGED or MASKED)
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
-        at_q, inside, qf, qy, qx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
-        q = _load(Q + at_q.to(tl.int64) * q_t, inside[:, None] * q_t + cols[None, :], cols, D)
-        do = _load(DO + at_q.to(tl.int64) * do_t, inside[:, None] * do_t + cols[None, :], cols, D)
-        lse, delta = tl.load(LSE + at_q + inside) * LOG2E, tl.load(DELTA + at_q + inside)
+        f, y, x, corner, inside, qf, qy, qx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
+        q = _box_of(Q, Q_BOX, b, h, f, y, x, corner, inside, cols, q_t, D, AXES, TMA)
+        do = _box_of(DO, DO_BOX, b, h, f, y, x, corner, inside, cols, do_t, D, AXES, TMA)
+        lse, delta = tl.load(LSE + corner + inside) * LOG2E, tl.load(DELTA + corner + inside)
         dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, qx[None, :] < 0, scale, False)
     for i in tl.range(edge_from, end, num_stages=STAGES):
-        at_q, inside, qf, qy, qx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
-        q = _load(Q + at_q.to(tl.int64) * q_t, inside[:, None] * q_t + cols[None, :], cols, D)
-        do = _load(DO + at_q.to(tl.int64) * do_t, inside[:, None] * do_t + cols[None, :], cols, D)
-        lse, delta = tl.load(LSE + at_q + inside) * LOG2E, tl.load(DELTA + at_q + inside)
+        f, y, x, corner, inside, qf, qy, qx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
+        q = _box_of(Q, Q_BOX, b, h, f, y, x, corner, inside, cols, q_t, D, AXES, TMA)
+        do = _box_of(DO, DO_BOX, b, h, f, y, x, corner, inside, cols, do_t, D, AXES, TMA)
+        lse, delta = tl.load(LSE + corner + inside) * LOG2E, tl.load(DELTA + corner + inside)
         near = _near(kf, ky, kx, qf, qy, qx, wf, wy, wx, bound, AXES, BOX)
         dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, True)
 
