@@ -41,7 +41,7 @@ def launch(
     # tensors count by type and alignment; numbers by value, which is quicker than to ask what Triton asks of each
     kinds = [(x.dtype, x.data_ptr() % 16) for x in arguments if isinstance(x, Tensor)]
     key = (id(kernel), arguments[0].device.index, *settings.values(), *kinds, *arguments[len(kinds) :])
-    key += tuple([tuple(x.block_shape) for x in descriptors])
+    key += tuple([(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else tuple(x.block_shape) for x in descriptors])
     if descriptors:
         arguments = (*arguments[: len(kinds)], *descriptors, *arguments[len(kinds) :])
     compiled = _compiled.get(key)

@@ -174,6 +174,18 @@ def _box_of(X, TILES, b, h, f, y, x, first, inside, cols, stride, D: tl.constexp
 
 
 @triton.jit
+def _stats_of(STATS, TILES, lane, f, y, x, at, AXES: tl.constexpr, TMA: tl.constexpr):
+    """Log-sum-exp and delta of a box's queries `[BN]`."""
+    if not TMA:
+        lse, delta = tl.load(STATS + 2 * at), tl.load(STATS + 2 * at + 1)
+    elif AXES == 3:
+        lse, delta = tl.split(TILES.load([lane, f, y, 2 * x]).reshape(at.shape[0], 2))
+    else:
+        lse, delta = tl.split(TILES.load([lane, y, 2 * x]).reshape(at.shape[0], 2))
+    return lse, delta
+
+
+@triton.jit
 def _weigh(s, m, l, acc, v, scale, MODE: tl.constexpr):
     """One more block of the softmax: scores `[BM, BN]` in fp32, unscaled; `scale` includes log2(e)."""
     if MODE != "fast":
@@ -187,8 +199,8 @@ def _weigh(s, m, l, acc, v, scale, MODE: tl.constexpr):
 @triton.jit
 def forward_kernel(
     Q, K, V, PK, PV, REAL, TABLE, STARTS, REPAIR, OUT, LSE, PART, K_RUN, V_RUN, K_BOX, V_BOX,
-    tokens, text, text_at, image_at, pooled, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
-    heads, group, wf, wy, wx, bound, scale,
+    tokens, text, text_at, image_at, run_at, run_end, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
+    heads, group, wf, wy, wx, bound, scale, pooled,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pk_b, pk_t, pk_h, pv_b, pv_t, pv_h, real_b,
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
@@ -215,8 +227,9 @@ def forward_kernel(
     b, h = (lane // heads).to(tl.int64), lane % heads
     h_k = h // group
     tile, at, there, qf, qy, qx, first, last = _own(
-        pid, 0, tokens, text, text_at, image_at, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, TF, TY, TX, AXES
-    )
+        pid, run_at, run_end, text, text_at, image_at, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs,
+        TF, TY, TX, AXES,
+    )  # fmt: skip
     n, cols = tl.arange(0, BN), tl.arange(0, BD)
     nf, ny, nx = _place(n, BF, BY, BX)
     Q += b * q_b + h * q_h
@@ -311,18 +324,19 @@ def _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, MASK: tl.constexpr):
 
 @triton.jit
 def query_backward_kernel(
-    Q, K, V, PK, PV, REAL, TABLE, STARTS, OUT, DO, LSE, LSE_GRAD, DELTA, DQ, PART,
+    Q, K, V, PK, PV, REAL, TABLE, STARTS, OUT, DO, LSE, LSE_GRAD, STATS, DQ, PART,
     K_RUN, V_RUN, K_BOX, V_BOX,
-    tokens, text, text_at, image_at, pooled, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
-    heads, group, wf, wy, wx, bound, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pk_b, pk_t, pk_h, pv_b, pv_t, pv_h, real_b, do_b, do_t, do_h, lg_b, lg_t, lg_h,
+    tokens, text, text_at, image_at, run_at, run_end, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
+    heads, group, wf, wy, wx, bound, scale, pooled,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pk_b, pk_t, pk_h, pv_b, pv_t, pv_h, real_b, do_b, do_t, do_h, lg_b, lg_h, lg_t,
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
     EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SAME: tl.constexpr,
     TMA: tl.constexpr, LSE_HAS_GRAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq `[B, S, H, D]`; of text in pieces, fp32 parts `[pieces, B * H, text, D]`. Also leaves in DELTA `[B * H, S]` what
-    the gradients of a query's scores are measured from: sum(out * grad), less the gradient of its log-sum-exp.
+    """dq `[B, S, H, D]`; of text in pieces, fp32 parts `[pieces, B * H, text, D]`. Also leaves in STATS `[B * H, S, 2]` each
+    query's log-sum-exp to the base 2, and what its scores' gradients are measured from: sum(out * grad), less the
+    gradient of the log-sum-exp.
     """
     if SAME:
         v_t = k_t
@@ -333,8 +347,9 @@ def query_backward_kernel(
     b, h = (lane // heads).to(tl.int64), lane % heads
     h_k = h // group
     tile, at, there, qf, qy, qx, first, last = _own(
-        pid, 0, tokens, text, text_at, image_at, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, TF, TY, TX, AXES
-    )
+        pid, run_at, run_end, text, text_at, image_at, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs,
+        TF, TY, TX, AXES,
+    )  # fmt: skip
     n, cols = tl.arange(0, BN), tl.arange(0, BD)
     nf, ny, nx = _place(n, BF, BY, BX)
     K += b * k_b + h_k * k_h
@@ -346,8 +361,10 @@ def query_backward_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if LSE_HAS_GRAD:
         delta -= tl.load(LSE_GRAD + b * lg_b + at.to(tl.int64) * lg_t + h * lg_h).to(tl.float32)
-    tl.store(DELTA + lane.to(tl.int64) * tokens + at, delta, mask=there)
-    lse = tl.load(LSE + lane.to(tl.int64) * tokens + at) * LOG2E
+    query = lane.to(tl.int64) * tokens + at
+    lse = tl.load(LSE + query) * LOG2E
+    tl.store(STATS + query * 2, lse, mask=there)
+    tl.store(STATS + query * 2 + 1, delta, mask=there)
     dq = tl.zeros((BM, BD), tl.float32)
 
     for i in tl.range(0, tl.cdiv(last - first, BN), num_stages=STAGES):
@@ -396,9 +413,9 @@ def query_backward_kernel(
 
 @triton.jit
 def key_backward_kernel(
-    Q, K, V, REAL, TABLE, STARTS, DO, LSE, DELTA, DK, DV, PART, Q_RUN, DO_RUN, Q_BOX, DO_BOX,
-    tokens, text, text_at, image_at, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
-    run_at, run_end, own, heads, group, wf, wy, wx, bound, scale,
+    Q, K, V, REAL, TABLE, STARTS, DO, STATS, DK, DV, PART, Q_RUN, DO_RUN, Q_BOX, DO_BOX, S_RUN, S_BOX,
+    tokens, text, text_at, image_at, run_at, run_end, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
+    heads, group, wf, wy, wx, bound, scale, own,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, real_b, do_b, do_t, do_h,
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
@@ -418,14 +435,14 @@ def key_backward_kernel(
     lanes = tl.num_programs(0) // (text_programs + images)
     b, h = (lane // heads).to(tl.int64), lane % heads
     tile, at, there, kf, ky, kx, first, last = _own(
-        pid, run_at, run_end, text, text_at, image_at, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, TF, TY, TX, AXES
-    )
+        pid, run_at, run_end, text, text_at, image_at, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs,
+        TF, TY, TX, AXES,
+    )  # fmt: skip
     n, cols = tl.arange(0, BN), tl.arange(0, BD)
     nf, ny, nx = _place(n, BF, BY, BX)
     Q += b * q_b + h * q_h
     DO += b * do_b + h * do_h
-    LSE += lane.to(tl.int64) * tokens
-    DELTA += lane.to(tl.int64) * tokens
+    STATS += lane.to(tl.int64) * tokens * 2
     k = _load(K + b * k_b + h // group * k_h, at.to(tl.int64)[:, None] * k_t + cols[None, :], cols, D)
     v = _load(V + b * v_b + h // group * v_h, at.to(tl.int64)[:, None] * v_t + cols[None, :], cols, D)
     dk, dv = tl.zeros((BM, BD), tl.float32), tl.zeros((BM, BD), tl.float32)
@@ -440,7 +457,10 @@ def key_backward_kernel(
             rows = tl.minimum(n, last - 1 - start)
         q = _run_of(Q, Q_RUN, b, h, start, rows, cols, q_t, D, TMA)
         do = _run_of(DO, DO_RUN, b, h, start, rows, cols, do_t, D, TMA)
-        lse, delta = tl.load(LSE + start + rows) * LOG2E, tl.load(DELTA + start + rows)
+        if TMA:
+            lse, delta = tl.split(S_RUN.load([lane, 2 * start]).reshape(BN, 2))
+        else:
+            lse, delta = tl.load(STATS + 2 * (start + rows)), tl.load(STATS + 2 * (start + rows) + 1)
         near = (start + n < last)[None, :] & real[:, None]
         dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, RAGGED or MASKED)
 
@@ -449,13 +469,13 @@ def key_backward_kernel(
         f, y, x, corner, inside, qf, qy, qx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
         q = _box_of(Q, Q_BOX, b, h, f, y, x, corner, inside, cols, q_t, D, AXES, TMA)
         do = _box_of(DO, DO_BOX, b, h, f, y, x, corner, inside, cols, do_t, D, AXES, TMA)
-        lse, delta = tl.load(LSE + corner + inside) * LOG2E, tl.load(DELTA + corner + inside)
+        lse, delta = _stats_of(STATS, S_BOX, lane, f, y, x, corner + inside, AXES, TMA)
         dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, qx[None, :] < 0, scale, False)
     for i in tl.range(edge_from, end, num_stages=STAGES):
         f, y, x, corner, inside, qf, qy, qx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
         q = _box_of(Q, Q_BOX, b, h, f, y, x, corner, inside, cols, q_t, D, AXES, TMA)
         do = _box_of(DO, DO_BOX, b, h, f, y, x, corner, inside, cols, do_t, D, AXES, TMA)
-        lse, delta = tl.load(LSE + corner + inside) * LOG2E, tl.load(DELTA + corner + inside)
+        lse, delta = _stats_of(STATS, S_BOX, lane, f, y, x, corner + inside, AXES, TMA)
         near = _near(kf, ky, kx, qf, qy, qx, wf, wy, wx, bound, AXES, BOX)
         dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, True)
 
