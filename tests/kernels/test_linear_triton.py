@@ -80,7 +80,10 @@ def plain(q, k, v, *, eps=1e-6, scale=1.0, feature_map="elu1", normalize="divide
 @pytest.fixture
 def launched(monkeypatch):
     """Tells whether the kernels have been launched since it was last asked."""
-    from linfusion.kernels import linear_triton
+    from linfusion.kernels import linear_launch, linear_triton
+
+    for recipes in (linear_launch.forward_recipe, linear_launch._known_to_suit, linear_launch._backward_recipe):
+        monkeypatch.setattr(recipes, "known", {})  # they hold kernels
 
     calls = []
     for name in ("state_kernel", "output_kernel", "query_backward_kernel", "key_backward_kernel"):
@@ -149,13 +152,13 @@ def test_strided_inputs_and_many_pieces(assert_accurate, launched, monkeypatch):
 
     monkeypatch.setattr(linear_launch, "multiprocessors", lambda device: 8)
     monkeypatch.setattr(linear_launch, "SCRATCH", 100.0)
-    linear_launch.plan.cache_clear()
     whole = random(2, 400, 3, 2, 32)
     q, k, v = (whole[:, 10:390, i] for i in range(3))
     compare(assert_accurate, q, k, v, launched)  # several partial records a head, summed first
     monkeypatch.setattr(linear_launch, "READ_TOGETHER", 64)
+    linear_launch.forward_recipe.known.clear()
+    linear_launch._backward_recipe.known.clear()
     compare(assert_accurate, q, k, v, launched)  # and added up by their readers
-    linear_launch.plan.cache_clear()
 
 
 def test_regrouped_heads(assert_accurate, launched):
