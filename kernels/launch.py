@@ -4,8 +4,10 @@ Triton works out at every call how its arguments specialise a kernel (25 microse
 Here all that follows from the arguments' layout is worked out once, and a further call brings the tensors only.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,9 +33,12 @@ class Remembered(Generic[Made]):
     None is not remembered.
     """
 
+    everything: ClassVar[list[Remembered[Any]]] = []
+
     def __init__(self, make: Callable[..., Made]) -> None:
         self.make = make
         self.known: dict[tuple[Any, ...], Made] = {}
+        self.everything.append(self)
 
     def __call__(self, *arguments: Any) -> Made:
         # no pointer where there is no kernel: tensors of torch.func and fake ones have none
@@ -50,6 +55,12 @@ class Remembered(Generic[Made]):
                     self.known.clear()
                 self.known[key] = made
         return made
+
+
+def forget() -> None:
+    """Make everything anew: after block sizes, or other constants that plans are made from, were changed."""
+    for remembered in Remembered.everything:
+        remembered.known.clear()
 
 
 class Launch:

@@ -5,11 +5,13 @@ import torch
 
 from linfusion.kernels import RopeTables, linear_attention, reference
 from linfusion.kernels.backend import interpreted, without_triton
+from linfusion.kernels.launch import forget
 from linfusion.kernels.linear_launch import linear_attention_op
 
 from .test_linear import tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = {"state_kernel", "output_kernel", "query_backward_kernel", "key_backward_kernel"}
 HALF = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]  # the interpreter spoils bf16 products
 
 
@@ -42,7 +44,8 @@ def compare(assert_accurate, q, k, v, launched, **settings):
             x.requires_grad_()
         out = function(*inputs, **given)
         results.append((out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))))
-    assert launched(), "the kernels did not run"
+    assert set(launched) == KERNELS
+    launched.clear()
     for name, *values in zip(("out", "dq", "dk", "dv"), *results, strict=True):
         assert_accurate(name, *values)
 
@@ -75,30 +78,6 @@ def plain(q, k, v, *, eps=1e-6, scale=1.0, feature_map="elu1", normalize="divide
     elif normalize == "mala":
         out = (1 + 1 / (total + eps)) * out - total * mean
     return out
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Tells whether the kernels have been launched since it was last asked."""
-    from linfusion.kernels import linear_launch, linear_triton
-
-    for recipes in (linear_launch.forward_recipe, linear_launch._known_to_suit, linear_launch._backward_recipe):
-        monkeypatch.setattr(recipes, "known", {})  # they hold kernels
-
-    calls = []
-    for name in ("state_kernel", "output_kernel", "query_backward_kernel", "key_backward_kernel"):
-        kernel = getattr(linear_triton, name)
-
-        class Counted:
-            def __init__(self, kernel, name):
-                self.kernel, self.name, self.arg_names = kernel, name, kernel.arg_names
-
-            def __getitem__(self, grid):
-                calls.append(self.name)
-                return self.kernel[grid]
-
-        monkeypatch.setattr(linear_triton, name, Counted(kernel, name))
-    return lambda: len(set(calls)) == 4
 
 
 def random(*shape, dtype=torch.float32):
@@ -156,8 +135,7 @@ def test_strided_inputs_and_many_pieces(assert_accurate, launched, monkeypatch):
     q, k, v = (whole[:, 10:390, i] for i in range(3))
     compare(assert_accurate, q, k, v, launched)  # several partial records a head, summed first
     monkeypatch.setattr(linear_launch, "READ_TOGETHER", 64)
-    linear_launch.forward_recipe.known.clear()
-    linear_launch._backward_recipe.known.clear()
+    forget()
     compare(assert_accurate, q, k, v, launched)  # and added up by their readers
 
 
@@ -176,7 +154,7 @@ def test_no_gradient_needs_no_operator(launched):
     with without_triton():
         want = linear_attention(q, k, v)
     torch.testing.assert_close(linear_attention(q, k, v), want, rtol=1e-5, atol=1e-5)
-    assert not launched()  # two of the four
+    assert launched == ["state_kernel", "output_kernel"]
 
 
 def test_operator():
