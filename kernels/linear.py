@@ -1,5 +1,7 @@
 """Non-causal linear attention (Katharopoulos et al., arXiv 2006.16236, eq. 5, without the causal sum)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,9 @@ def linear_attention(
         ValueError: shapes that do not belong together, an unknown feature map or normalisation, heads that do not
             divide the channels, `key_weight` where mean(v) is needed too.
     """
-    settings = {"feature_map": feature_map, "normalize": normalize, "eps": float(eps), "scale": float(scale)}
+    settings: dict[str, Any] = {
+        "feature_map": feature_map, "normalize": normalize, "eps": float(eps), "scale": float(scale),
+    }  # fmt: skip
     if heads is not None or key_mask is not None or key_weight is not None:
         check_linear(q, k, v, feature_map, normalize, rope, key_mask, key_weight)
     if heads is not None and heads != q.shape[2]:
@@ -63,9 +67,10 @@ def linear_attention(
     weight, count = _weights(key_mask, key_weight, k)
     cos, sin, interleaved = (None, None, True) if rope is None else rope.to(q.device)
     tensors = (q, k, v, weight, count, *alike(cos, sin))
+    arguments = (*tensors, interleaved, *settings.values())
     differentiable = torch.is_grad_enabled()
     compiling = torch.compiler.is_compiling()
-    recipe = (suits if compiling else forward_recipe)(*tensors, interleaved, *settings.values())
+    recipe = (suits if compiling else forward_recipe)(*arguments)
     lacking = heads not in (None, q.shape[2]) or (
         differentiable and key_weight is not None and key_weight.requires_grad
     )
@@ -75,9 +80,9 @@ def linear_attention(
             q, k, v, rope=rope, heads=heads, key_mask=key_mask, key_weight=key_weight, **settings
         )
     if compiling:
-        return linear_attention_op(*tensors, interleaved, *settings.values())[0]
+        return linear_attention_op(*arguments)[0]
     if differentiable and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return forward_with_gradients(*tensors, interleaved, *settings.values(), recipe)[0]
+        return forward_with_gradients(*arguments, recipe)[0]
     return forward(*tensors, recipe)[0]
 
 
@@ -99,11 +104,10 @@ def _weights(
     key_mask: Tensor | None, key_weight: Tensor | None, k: Tensor
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Factors of phi(k) `[B, S_k, H_k]` and how many keys each mean is over `[B]`; None where all count alike."""
-    if key_mask is None and key_weight is None:
-        return None, None
-    batch, tokens, heads, _ = k.shape
     if key_mask is None:
-        return key_weight.expand(batch, tokens, heads), k.new_full((batch,), tokens, dtype=torch.float32)
+        if key_weight is None:
+            return None, None
+        return key_weight, k.new_full(k.shape[:1], k.shape[1], dtype=torch.float32)
     count = key_mask.sum(dim=1).clamp(min=1).to(torch.float32)
     weight = key_mask[..., None] if key_weight is None else key_mask[..., None] * key_weight
-    return weight.expand(batch, tokens, heads), count
+    return weight.expand(k.shape[:3]), count

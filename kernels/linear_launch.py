@@ -186,7 +186,7 @@ class Backward(NamedTuple):
     """The passes of `backward` on tensors of one layout.
 
     Attributes:
-        planes: shape of three weights of each query, which `state` reads, where `query` leaves no records.
+        planes: shape of the weights of each query that `state` reads, where `query` leaves no records.
         records: shape of the gradient's partial records.
         summed: whether these are added up before `key` reads them.
     """
@@ -194,7 +194,7 @@ class Backward(NamedTuple):
     query: Launch
     state: Launch | None
     key: Launch
-    planes: tuple[int, ...] | None
+    planes: tuple[int, ...]
     records: tuple[int, ...]
     summed: bool
 
@@ -218,9 +218,8 @@ def _backward_recipe(
          *q.stride()[:3], *grad.stride()[:3], *table_strides),
         settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0, "WHOLE": whole},
     )  # fmt: skip
-    planes = state = None
+    state = None
     if not whole:
-        planes = (3 if affine else 2, *q.shape[:3])
         grid, chunk, settings = plan("state", q, grad, budget=budget)
         state = Launch(
             triton_kernels.state_kernel, grid,
@@ -238,6 +237,7 @@ def _backward_recipe(
          *k.stride()[:3], *v.stride()[:3], *weight_strides, *table_strides),
         settings | {"PHI": feature_map, "ROPE": kind, "WEIGHTED": weighted, "AFFINE": affine},
     )  # fmt: skip
+    planes = (3 if affine else 2, *q.shape[:3])
     return Backward(query, state, key, planes, (batch * kv_heads, parts, dim + 2, dim), summed)
 
 

@@ -1,5 +1,7 @@
 """What stands between the projections and the attention: norm of queries and keys, rotation, joining text and image."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,16 +43,18 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    if text is not None and v is not None and text[2] is not None:
-        if v.stride() != k.stride() or text[2].stride() != text[1].stride():
-            k, v, text = k.contiguous(), v.contiguous(), (text[0], text[1].contiguous(), text[2].contiguous())
+    alone = text is None or text[2] is None or v is None
+    if not alone and (v.stride() != k.stride() or text[2].stride() != text[1].stride()):  # type: ignore[union-attr,index]
+        k, v, text = k.contiguous(), v.contiguous(), (text[0], text[1].contiguous(), text[2].contiguous())  # type: ignore[union-attr,index]
     cos, sin, interleaved = (None, None, True) if rope is None else rope.to(q.device)
-    words, norms, text_norms = text or (None, None, None), weights or (None, None), text_weights or (None, None)
+    words: tuple[Any, ...] = text or (None, None, None)
+    norms: tuple[Any, ...] = weights or (None, None)
     tables = alike(cos, sin)
     turning = 0 if rope is None else rope.cos.shape[0 if rope.cos.ndim == 2 else 1]
     settings = (interleaved, None if eps is None else float(eps), across_heads, text_first, rope_from, turning)
     compiling = torch.compiler.is_compiling()
-    run = (suits if compiling else forward_launch)(q, k, v, *words, *norms, *text_norms, *tables, *settings)
+    fits: Any = suits if compiling else forward_launch
+    run = fits(q, k, v, *words, *norms, *(text_weights or (None, None)), *tables, *settings)
     if not run:
         return reference.qk_norm_rope(
             q, k, v, eps=eps, weights=weights, across_heads=across_heads, rope=rope, text=text,

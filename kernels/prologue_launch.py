@@ -61,17 +61,13 @@ def suits(
 ) -> bool:  # fmt: skip
     """Whether the kernels know these arguments of `forward`; ValueError where they do not belong together."""
     text = None if text_q is None or text_k is None else (text_q, text_k, text_v)
-    check_prologue(
-        q, k, v, _pair(q_weight, k_weight), across_heads, _pair(cos, sin) and RopeTables(cos, sin, interleaved), text,
-        _pair(text_q_weight, text_k_weight), turn_first,
-    )  # fmt: skip
-    used = [q, k] if text is None else [x for x in (q, k, v, *text) if x is not None]
-    paired = cos is None or interleaved or q.shape[-1] % 2 == 0
+    weights = None if q_weight is None or k_weight is None else (q_weight, k_weight)
+    text_weights = None if text_q_weight is None or text_k_weight is None else (text_q_weight, text_k_weight)
+    rope = None if cos is None or sin is None else RopeTables(cos, sin, interleaved)
+    check_prologue(q, k, v, weights, across_heads, rope, text, text_weights, turn_first)
+    used = [x for x in (q, k, v, *text) if x is not None] if text else [q, k]
+    paired = rope is None or interleaved or q.shape[-1] % 2 == 0
     return paired and why_not_triton("qk_norm_rope", q.shape[-1], *used) is None and all(map(_rows, used))
-
-
-def _pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if a is None or b is None else (a, b)
 
 
 def _forward_launch(

@@ -157,6 +157,23 @@ def test_no_gradient_needs_no_operator(launched):
     assert launched == ["state_kernel", "output_kernel"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_pointers_of_any_alignment(dtype):
+    """The second call has the first one's shapes, but begins an odd number of elements later."""
+    whole = random(3 * 40 * 2 * 32 + 1, dtype=dtype)
+    for at in (0, 1):
+        q, k, v = whole[at : at + 3 * 40 * 2 * 32].view(3, 1, 40, 2, 32)
+        torch.testing.assert_close(linear_attention(q, k, v), linear_attention(q.clone(), k.clone(), v.clone()))
+
+
+@pytest.mark.parametrize(("shape", "v_dim"), [((2, 20, 2, 16), 32), ((0, 20, 2, 16), 16), ((2, 0, 2, 16), 16)])
+def test_what_the_kernels_do_not_know(shape, v_dim, launched):
+    """Values of another width, and nothing at all."""
+    q, k, v = random(*shape), random(*shape), random(*shape[:3], v_dim)
+    assert linear_attention(q, k, v).shape == v.shape
+    assert not launched
+
+
 def test_operator():
     q, k, v = (random(1, 20, 2, 16).requires_grad_() for _ in range(3))
     cos, sin, _ = tables(20, 16)
