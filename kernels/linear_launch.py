@@ -98,8 +98,24 @@ def _rope(cos: Tensor | None, interleaved: bool) -> tuple[tuple[int, ...], str]:
     return (batch if cos.shape[0] > 1 else 0, tokens, heads if cos.shape[2] > 1 else 0), kind
 
 
-def _weight(weight: Tensor | None) -> tuple[tuple[int, ...], bool]:
-    return ((0, 0, 0), False) if weight is None else (weight.stride(), True)
+def state_pass(
+    k: Tensor, v: Tensor, feature_map: str, *, budget: float, affine: bool, planes: int,
+    weight_strides: tuple[int, ...], table_strides: tuple[int, ...], rope: str,
+) -> tuple[Launch, tuple[int, ...]]:  # fmt: skip
+    """The launch of `state_kernel` on tensors like these, and the shape of its records.
+
+    Args:
+        budget: bytes for the records.
+        planes: how many weights each token has, 0, 1 or 3; `weight_strides` are theirs, that of planes last.
+    """
+    batch, tokens, heads, dim = k.shape
+    grid, chunk, settings = plan("state", k, v, budget=budget)
+    run = Launch(
+        triton_kernels.state_kernel, grid,
+        (tokens, chunk, heads, *k.stride()[:3], *v.stride()[:3], *weight_strides, *table_strides),
+        settings | {"PHI": feature_map, "ROPE": rope, "PLANES": planes, "AFFINE": affine},
+    )  # fmt: skip
+    return run, (batch * heads, grid[0], dim + 2, dim)
 
 
 def suits(
@@ -118,6 +134,10 @@ def suits(
     return why_not_triton("linear_attention", dim, q, k, v) is None
 
 
+def _strides(weight: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if weight is None else (*weight.stride(), 0)
+
+
 class Forward(NamedTuple):
     """Both passes of `forward` on tensors of one layout, and the records between them, perhaps summed first."""
 
@@ -131,26 +151,22 @@ def _forward_recipe(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, count: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, interleaved: bool, feature_map: str, normalize: str, eps: float, scale: float,
 ) -> Forward:  # fmt: skip
-    batch, length, kv_heads, dim = k.shape
-    tokens, heads = q.shape[1:3]
+    kv_heads = k.shape[2]
+    _, tokens, heads, dim = q.shape
     table_strides, kind = _rope(cos, interleaved)
-    weight_strides, weighted = _weight(weight)
-    grid, chunk, settings = plan("state", k, v, budget=SCRATCH * 2 * (q.numel() + k.numel()) * q.element_size())
-    parts = grid[0]
-    state = Launch(
-        triton_kernels.state_kernel, grid,
-        (length, chunk, kv_heads, *k.stride()[:3], *v.stride()[:3], *weight_strides, 0, *table_strides),
-        settings | {"PHI": feature_map, "ROPE": kind, "PLANES": int(weighted), "AFFINE": normalize in AFFINE},
+    state, records = state_pass(
+        k, v, feature_map, budget=SCRATCH * 2 * (q.numel() + k.numel()) * q.element_size(), affine=normalize in AFFINE,
+        planes=0 if weight is None else 1, weight_strides=_strides(weight), table_strides=table_strides, rope=kind,
     )  # fmt: skip
-    summed = parts > READ_TOGETHER
+    summed = records[1] > READ_TOGETHER
     grid, chunk, settings = plan("output", q)
     output = Launch(
         triton_kernels.output_kernel, grid,
-        (tokens, chunk, heads, heads // kv_heads, 1 if summed else parts, eps, scale,
+        (tokens, chunk, heads, heads // kv_heads, 1 if summed else records[1], eps, scale,
          *q.stride()[:3], tokens * heads * dim, heads * dim, dim, *table_strides),
         settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0},
     )  # fmt: skip
-    return Forward(state, output, (batch * kv_heads, parts, dim + 2, dim), summed)
+    return Forward(state, output, records, summed)
 
 
 # the operator was checked when it was traced
@@ -207,35 +223,32 @@ def _backward_recipe(
     batch, length, kv_heads, dim = k.shape
     tokens, heads = q.shape[1:3]
     table_strides, kind = _rope(cos, interleaved)
-    weight_strides, weighted = _weight(weight)
     affine = normalize in AFFINE
     budget = SCRATCH * (3 * q.numel() + 4 * k.numel()) * q.element_size()
     whole = dim <= WHOLE_BACKWARD
+    rows = q.numel() // dim
     grid, chunk, settings = plan("query_backward", q, grad, budget=budget if whole else math.inf)
     query = Launch(
         triton_kernels.query_backward_kernel, (*grid[:2], 1),
-        (tokens, chunk, heads, heads // kv_heads, eps, scale, q.numel() // dim,
+        (tokens, chunk, heads, heads // kv_heads, eps, scale, rows,
          *q.stride()[:3], *grad.stride()[:3], *table_strides),
         settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0, "WHOLE": whole},
     )  # fmt: skip
-    state = None
+    state, parts = None, grid[0]
     if not whole:
-        grid, chunk, settings = plan("state", q, grad, budget=budget)
-        state = Launch(
-            triton_kernels.state_kernel, grid,
-            (tokens, chunk, heads, *q.stride()[:3], *grad.stride()[:3],
-             tokens * heads, heads, 1, q.numel() // dim, *table_strides),
-            settings | {"PHI": feature_map, "ROPE": kind, "PLANES": 3, "AFFINE": affine},
+        state, (_, parts, *_) = state_pass(
+            q, grad, feature_map, budget=budget, affine=affine, planes=3,
+            weight_strides=(tokens * heads, heads, 1, rows), table_strides=table_strides, rope=kind,
         )  # fmt: skip
     # query heads that share a key head lie side by side, so their partial records are one list
-    parts = grid[0] * (heads // kv_heads)
+    parts *= heads // kv_heads
     summed = parts > READ_TOGETHER
     grid, chunk, settings = plan("key_backward", k, v)
     key = Launch(
         triton_kernels.key_backward_kernel, (*grid[:2], 1),
         (length, chunk, kv_heads, 1 if summed else parts,
-         *k.stride()[:3], *v.stride()[:3], *weight_strides, *table_strides),
-        settings | {"PHI": feature_map, "ROPE": kind, "WEIGHTED": weighted, "AFFINE": affine},
+         *k.stride()[:3], *v.stride()[:3], *_strides(weight)[:3], *table_strides),
+        settings | {"PHI": feature_map, "ROPE": kind, "WEIGHTED": weight is not None, "AFFINE": affine},
     )  # fmt: skip
     planes = (3 if affine else 2, *q.shape[:3])
     return Backward(query, state, key, planes, (batch * kv_heads, parts, dim + 2, dim), summed)
