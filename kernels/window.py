@@ -62,6 +62,8 @@ def window_attention(
             unknown `shape` or `text_sees`.
     """
     check_qkv(q, k, v)
+    if v.shape[-1] != q.shape[-1]:
+        raise ValueError(f"v must have the head dim of q, {q.shape[-1]}, got {v.shape[-1]}.")
     device_grid, sizes = (grid, []) if isinstance(grid, Tensor) else (None, list(grid))
     if device_grid is None:
         sizes = list(check_grid(sizes, q.shape[1], text, text_mask, q.shape[0]))
@@ -79,7 +81,7 @@ def window_attention(
         pooled = [pooled_k, pooled_v]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     window = Window(tuple(sizes), reach, shape == "box", text, text_first, text_sees == "all", scale)
-    triton = why_not_triton("window_attention", q.shape[-1], q, k, v, *pooled, lacking=why_not(window, q, v)) is None
+    triton = why_not_triton("window_attention", q.shape[-1], q, k, v, *pooled, lacking=why_not(window)) is None
     arguments = (
         q, k, v, pooled_k, pooled_v, text_mask, device_grid, sizes, list(reach), window.box, text, text_first,
         window.text_sees_text, scale, return_lse, triton,

@@ -50,17 +50,17 @@ BLOCKS = {
 SHORTEST_PIECE = 8
 # sums of exponentials that leave room for none of their terms to overflow, and none to matter that underflows
 MOST = {torch.bfloat16: 2.0**60, torch.float16: 2.0**15}
+# of these dtypes, how forward goes about it, one after the other
+MODES = ("fast", "repair")
 
 
-def why_not(window: Window, q: Tensor, v: Tensor) -> str | None:
+def why_not(window: Window) -> str | None:
     """What stands in the way of the kernels, or None."""
-    if v.shape[-1] != q.shape[-1]:
-        return f"keys of head dim {q.shape[-1]} and values of {v.shape[-1]}"
     if not window.grid:  # known on the device alone
         return None if len(set(window.radius)) == 1 else "radii that differ on a grid that is not known yet"
     if max(window.grid) >= 1 << 13 or (len(window.grid) == 3 and window.grid[0] > 1 << 9):
         return f"the grid {window.grid} is larger than 8191 x 8191 or 512 frames"
-    if window_plan.rule(_shape(window), window.radius, window.box) is None:
+    if not window_plan.decidable(_shape(window), window.radius, window.box):
         return f"fp32 cannot tell what is within the radius {window.radius}"
     return None
 
@@ -188,8 +188,8 @@ def forward(
     lse = torch.empty((batch, heads, tokens) if keep_lse else (0,), dtype=torch.float32, device=q.device)
     part = _part(run, q, window.text, dim + 1)
     more, pooled = ((k, v), 0) if pooled_k is None or pooled_v is None else ((pooled_k, pooled_v), pooled_k.shape[1])
-    modes = ("fast", "repair") if q.dtype in MOST else ("safe",)
-    repair = torch.empty(run.grid[:1] if len(modes) > 1 else (0,), dtype=torch.int32, device=q.device)
+    modes = MODES if q.dtype in MOST else ("safe",)
+    repair = torch.empty(run.grid[:1] if "fast" in modes else (0,), dtype=torch.int32, device=q.device)
     tiles = _tiles(k, v, window, run.settings)
     for mode in modes:
         launch(

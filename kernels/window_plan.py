@@ -44,7 +44,9 @@ def rule(grid: Shape, radius: tuple[float, ...], box: bool) -> tuple[tuple[float
     weights, bound = window_weights(radius)
     missing = 3 - len(radius)
     weights, radius = [0.0] * missing + weights, (1.0,) * missing + radius
-    squares = [torch.arange(min(n, math.ceil(r) + 1), dtype=torch.float64) ** 2 for n, r in zip(grid, radius, strict=True)]
+    squares = [
+        torch.arange(min(n, math.ceil(r) + 1), dtype=torch.float64) ** 2 for n, r in zip(grid, radius, strict=True)
+    ]
     f, y, x = (w * s for w, s in zip(weights, squares, strict=True))
     distance = torch.cat([f, y, x]) if box else (f[:, None, None] + y[:, None] + x).flatten()
     inside, largest = distance < bound, max(weights)
@@ -56,6 +58,12 @@ def rule(grid: Shape, radius: tuple[float, ...], box: bool) -> tuple[tuple[float
     if not exact and high - low < 4e-6 * high:
         return None
     return scaled, (low + high) / 2 / largest  # type: ignore[return-value]
+
+
+@torch.compiler.assume_constant_result
+def decidable(grid: Shape, radius: tuple[float, ...], box: bool) -> bool:
+    """Whether there is a `rule`."""
+    return rule(grid, radius, box) is not None
 
 
 @functools.lru_cache(maxsize=16)

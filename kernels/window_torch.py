@@ -103,7 +103,11 @@ def _chunks(p: Plan, w: Window, context: int, batch: int):
     small = count * p.queries.shape[1] * p.keys.shape[1] <= CACHED_MASK
     for first in range(0, count, step):
         last = min(count, first + step)
-        yield first, last, _whole_mask(w.grid, w.radius, w.box, p.slot.device)[first:last] if small else _mask(p, first, last)
+        yield (
+            first,
+            last,
+            _whole_mask(w.grid, w.radius, w.box, p.slot.device)[first:last] if small else _mask(p, first, last),
+        )
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 def _exp2(x):
     """Denormal results flushed to zero, three instructions less each."""
     if FLUSHING_EXP:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.math.exp2(x)
 
@@ -162,7 +164,9 @@ def _run_of(X, TILES, b, h, start, rows, cols, stride, D: tl.constexpr, TMA: tl.
 
 
 @triton.jit
-def _box_of(X, TILES, b, h, f, y, x, first, inside, cols, stride, D: tl.constexpr, AXES: tl.constexpr, TMA: tl.constexpr):
+def _box_of(
+    X, TILES, b, h, f, y, x, first, inside, cols, stride, D: tl.constexpr, AXES: tl.constexpr, TMA: tl.constexpr
+):
     """A box of the grid `[BN, BD]`."""
     if not TMA:
         rows = _load(X + first.to(tl.int64) * stride, inside[:, None] * stride + cols[None, :], cols, D)
@@ -272,12 +276,16 @@ def forward_kernel(
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
-        f, y, x, corner, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
+        f, y, x, corner, inside, kf, ky, kx = _box(
+            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True
+        )
         k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
         v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
         m, l, acc = _weigh(tl.dot(q, k.T, input_precision="ieee"), m, l, acc, v, scale, MODE)
     for i in tl.range(edge_from, end, num_stages=STAGES):
-        f, y, x, corner, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
+        f, y, x, corner, inside, kf, ky, kx = _box(
+            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN
+        )
         k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
         v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
         near = _near(qf, qy, qx, kf, ky, kx, wf, wy, wx, bound, AXES, BOX)
@@ -391,12 +399,16 @@ def query_backward_kernel(
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
-        f, y, x, corner, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
+        f, y, x, corner, inside, kf, ky, kx = _box(
+            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True
+        )
         k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
         v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
         dq = _query_step(dq, q, do, lse, delta, k, v, kx[None, :] < 0, scale, False)
     for i in tl.range(edge_from, end, num_stages=STAGES):
-        f, y, x, corner, inside, kf, ky, kx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
+        f, y, x, corner, inside, kf, ky, kx = _box(
+            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN
+        )
         k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
         v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
         near = _near(qf, qy, qx, kf, ky, kx, wf, wy, wx, bound, AXES, BOX)
@@ -466,13 +478,17 @@ def key_backward_kernel(
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
-        f, y, x, corner, inside, qf, qy, qx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
+        f, y, x, corner, inside, qf, qy, qx = _box(
+            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True
+        )
         q = _box_of(Q, Q_BOX, b, h, f, y, x, corner, inside, cols, q_t, D, AXES, TMA)
         do = _box_of(DO, DO_BOX, b, h, f, y, x, corner, inside, cols, do_t, D, AXES, TMA)
         lse, delta = _stats_of(STATS, S_BOX, lane, f, y, x, corner + inside, AXES, TMA)
         dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, qx[None, :] < 0, scale, False)
     for i in tl.range(edge_from, end, num_stages=STAGES):
-        f, y, x, corner, inside, qf, qy, qx = _box(tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
+        f, y, x, corner, inside, qf, qy, qx = _box(
+            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN
+        )
         q = _box_of(Q, Q_BOX, b, h, f, y, x, corner, inside, cols, q_t, D, AXES, TMA)
         do = _box_of(DO, DO_BOX, b, h, f, y, x, corner, inside, cols, do_t, D, AXES, TMA)
         lse, delta = _stats_of(STATS, S_BOX, lane, f, y, x, corner + inside, AXES, TMA)
