@@ -1,4 +1,4 @@
-"""Window attention on a token grid (CLEAR, arXiv 2412.16112, eq. 4): a disc of image keys, all text keys, pooled keys."""
+"""Window attention on a token grid (CLEAR, arXiv 2412.16112, eq. 4): a disc of image keys, text and pooled keys."""
 
 import math
 from collections.abc import Sequence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import Any, NamedTuple
@@ -18,10 +19,8 @@ TensorDescriptor: Any = None
 if HAS_TRITON:
     from . import window_triton as triton_kernels
 
-    try:
+    with contextlib.suppress(ImportError):  # before 3.4
         from triton.tools.tensor_descriptor import TensorDescriptor
-    except ImportError:  # before 3.4
-        pass
 
 LOG2E = 1.4426950408889634
 Shape = tuple[int, int, int]
@@ -215,7 +214,7 @@ def backward(
     grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     pooled_k: Tensor | None, pooled_v: Tensor | None, text_mask: Tensor | None, window: Window,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v and, where there are any, the pooled keys and values; all but the first of each query head."""
+    """Gradients of q, k, v and, if any, the pooled keys and values; all but the first of each query head."""
     batch, tokens, heads, dim = q.shape
     groups = heads // k.shape[2]
     real, real_b = _real(text_mask, q, window)

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
         starts: int32 `[2 * tiles + 1]`, for each tile where its open boxes begin (each token of the tile sees each of
             the box) and where those begin that need a mask.
         tiles: of queries, along each axis.
-        weights, bound: a pair is within the window if `sum_i weights_i distance_i^2 < bound` (box: for each i), in fp32.
+        weights, bound: within the window is `sum_i weights_i distance_i^2 < bound` (box: for each i), in fp32.
         even: whether tiles and boxes fit the grid exactly.
         longest: most boxes of a tile.
     """
@@ -75,7 +75,7 @@ def plan(
     with torch.inference_mode(False):
         tiles = tuple(-(-n // t) for n, t in zip(grid, tile, strict=True))
         boxes = tuple(-(-n // b) for n, b in zip(grid, block, strict=True))
-        nearest, farthest, numbers = [], [], []
+        nearest, farthest = [], []
         for n, t, b, w, count, others in zip(grid, tile, block, weights, tiles, boxes, strict=True):
             q = torch.arange(count)[:, None] * t
             k = torch.arange(others)[None, :] * b

@@ -58,17 +58,17 @@ def _unpack(code, BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr):
 
 @triton.jit
 def _near(qf, qy, qx, kf, ky, kx, wf, wy, wx, bound, AXES: tl.constexpr, BOX: tl.constexpr):
-    """Which pairs lie within the window, `[queries, keys]`. Distances are whole numbers, so fp32 compares them exactly."""
+    """Which pairs lie within the window, `[queries, keys]`. fp32 compares whole numbers exactly."""
     dy, dx = qy[:, None] - ky[None, :], qx[:, None] - kx[None, :]
     dy, dx = dy * dy * wy, dx * dx * wx
-    if BOX:
+    if BOX:  # noqa: SIM108
         near = (dy < bound) & (dx < bound)
     else:
         near = dx < bound - dy
     if AXES == 3:
         df = qf[:, None] - kf[None, :]
         df = df * df * wf
-        if BOX:
+        if BOX:  # noqa: SIM108
             near = near & (df < bound)
         else:
             near = dx < (bound - dy) - df
@@ -190,14 +190,14 @@ def _stats_of(STATS, TILES, lane, f, y, x, at, AXES: tl.constexpr, TMA: tl.const
 
 
 @triton.jit
-def _weigh(s, m, l, acc, v, scale, MODE: tl.constexpr):
+def _weigh(s, m, total, acc, v, scale, MODE: tl.constexpr):
     """One more block of the softmax: scores `[BM, BN]` in fp32, unscaled; `scale` includes log2(e)."""
     if MODE != "fast":
         highest = tl.maximum(m, tl.max(s, 1) * scale)
         fade = _exp2(m - highest)
-        m, l, acc = highest, l * fade, acc * fade[:, None]
+        m, total, acc = highest, total * fade, acc * fade[:, None]
     p = _exp2(s * scale - m[:, None])
-    return m, l + tl.sum(p, 1), _dot(p.to(v.dtype), v, acc)
+    return m, total + tl.sum(p, 1), _dot(p.to(v.dtype), v, acc)
 
 
 @triton.jit
@@ -223,7 +223,7 @@ def forward_kernel(
     BN: tl.constexpr = BF * BY * BX
     if SAME:
         v_t = k_t
-    if MODE == "repair":
+    if MODE == "repair":  # noqa: SIM102
         if tl.load(REPAIR + tl.program_id(0)) == 0:
             return
     pid, lane, is_text = _program(text_programs, images)
@@ -245,7 +245,7 @@ def forward_kernel(
         m = tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * scale
     else:
         m = tl.full((BM,), LOWEST, tl.float32)
-    l = tl.zeros((BM,), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
 
     for i in tl.range(0, tl.cdiv(last - first, BN), num_stages=STAGES):
@@ -261,7 +261,7 @@ def forward_kernel(
             if MASKED:
                 seen = seen & (tl.load(REAL + b * real_b + start + n, mask=seen, other=0) != 0)
             s = tl.where(seen[None, :], s, float("-inf"))
-        m, l, acc = _weigh(s, m, l, acc, v, scale, MODE)
+        m, total, acc = _weigh(s, m, total, acc, v, scale, MODE)
 
     if POOLED:
         PK += b * pk_b + h_k * pk_h
@@ -272,7 +272,7 @@ def forward_kernel(
             k = _load(PK + start.to(tl.int64) * pk_t, rows[:, None] * pk_t + cols[None, :], cols, D)
             v = _load(PV + start.to(tl.int64) * pv_t, rows[:, None] * pv_t + cols[None, :], cols, D)
             s = tl.where((start + n < pooled)[None, :], tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
-            m, l, acc = _weigh(s, m, l, acc, v, scale, MODE)
+            m, total, acc = _weigh(s, m, total, acc, v, scale, MODE)
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
@@ -281,7 +281,7 @@ def forward_kernel(
         )
         k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
         v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
-        m, l, acc = _weigh(tl.dot(q, k.T, input_precision="ieee"), m, l, acc, v, scale, MODE)
+        m, total, acc = _weigh(tl.dot(q, k.T, input_precision="ieee"), m, total, acc, v, scale, MODE)
     for i in tl.range(edge_from, end, num_stages=STAGES):
         f, y, x, corner, inside, kf, ky, kx = _box(
             tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN
@@ -290,12 +290,12 @@ def forward_kernel(
         v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
         near = _near(qf, qy, qx, kf, ky, kx, wf, wy, wx, bound, AXES, BOX)
         s = tl.where(near, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
-        m, l, acc = _weigh(s, m, l, acc, v, scale, MODE)
+        m, total, acc = _weigh(s, m, total, acc, v, scale, MODE)
 
     if MODE == "fast":
-        tl.store(REPAIR + tl.program_id(0), tl.max(tl.where((l > 1 / MOST) & (l < MOST), 0, 1)))
-    lse = (m + tl.math.log2(l)) * LN2
-    acc = acc / l[:, None]
+        tl.store(REPAIR + tl.program_id(0), tl.max(tl.where((total > 1 / MOST) & (total < MOST), 0, 1)))
+    lse = (m + tl.math.log2(total)) * LN2
+    acc = acc / total[:, None]
     seen = there[:, None] & (cols < D)[None, :]
     if is_text & (pieces > 1):
         word = at - text_at
@@ -336,13 +336,13 @@ def query_backward_kernel(
     K_RUN, V_RUN, K_BOX, V_BOX,
     tokens, text, text_at, image_at, run_at, run_end, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
     heads, group, wf, wy, wx, bound, scale, pooled,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pk_b, pk_t, pk_h, pv_b, pv_t, pv_h, real_b, do_b, do_t, do_h, lg_b, lg_h, lg_t,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, pk_b, pk_t, pk_h, pv_b, pv_t, pv_h, real_b, do_b, do_t, do_h, lg_b, lg_h, lg_t,  # noqa: E501
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
     EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SAME: tl.constexpr,
     TMA: tl.constexpr, LSE_HAS_GRAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq `[B, S, H, D]`; of text in pieces, fp32 parts `[pieces, B * H, text, D]`. Also leaves in STATS `[B * H, S, 2]` each
+    """dq `[B, S, H, D]`; of text in pieces, fp32 parts `[pieces, B * H, text, D]`. Leaves in STATS `[B * H, S, 2]` each
     query's log-sum-exp to the base 2, and what its scores' gradients are measured from: sum(out * grad), less the
     gradient of the log-sum-exp.
     """
