@@ -95,10 +95,20 @@ class Launch:
 
 @Remembered
 def _launch(kernel: Any, grid: tuple[int, int, int], settings: tuple[Any, ...], *arguments: Any) -> Launch:
-    return Launch(kernel, grid, tuple(x for x in arguments if not isinstance(x, Tensor)), dict(settings))
+    return Launch(kernel, grid, tuple(x for x in arguments if isinstance(x, (int, float))), dict(settings))
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    """A `Launch` by all of its arguments, tensors first, for ops that do not remember it themselves."""
-    run = _launch(kernel, grid, tuple(settings.items()), *arguments)
-    run(*[x for x in arguments if isinstance(x, Tensor)])
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    settings: dict[str, Any],
+    descriptors: tuple[Any, ...] = (),
+) -> None:
+    """A `Launch` by all of its arguments, tensors first, for ops that do not remember it themselves.
+
+    `descriptors`, tensors as Hopper's copy engine wants them or such that stand in, come between tensors and numbers.
+    """
+    shapes = [x if isinstance(x, Tensor) else tuple(x.block_shape) for x in descriptors]
+    run = _launch(kernel, grid, tuple(settings.items()), *arguments, *shapes)
+    run(*[x for x in arguments if isinstance(x, Tensor)], *descriptors)

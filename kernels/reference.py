@@ -211,8 +211,10 @@ def agent_attention(
     return torch.einsum("bhqn,bhnd->bqhd", to_queries.softmax(dim=-1), gathered).to(dtype)
 
 
-def window_mask(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device | None = None) -> Tensor:
-    """`[N, N]` bool: which grid tokens see which. Strict: sum over axes of (distance / radius)^2 < 1.
+def window_mask(
+    grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device | None = None, shape: str = "ellipsoid"
+) -> Tensor:
+    """`[N, N]` bool: which grid tokens see which. Strict: sum over axes of (distance / radius)^2 < 1; for a box, each.
 
     Multiplied out, so that whole-number radii compare whole numbers: `dy^2 + dx^2 < r^2` for one radius.
     """
@@ -220,6 +222,8 @@ def window_mask(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.
     position = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
     weights, bound = window_weights(radius)
     distance = (position[:, None] - position[None]) ** 2
+    if shape == "box":
+        return (distance.sqrt() < torch.tensor(radius, dtype=torch.float64, device=device)).all(-1)
     return distance @ torch.tensor(weights, dtype=torch.float64, device=device) < bound
 
 
@@ -247,6 +251,8 @@ def window_attention(
     pooled_k: Tensor | None = None,
     pooled_v: Tensor | None = None,
     return_lse: bool = False,
+    shape: str = "ellipsoid",
+    text_sees: str = "all",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `linfusion.kernels.window_attention`."""
     check_qkv(q, k, v)
@@ -260,8 +266,9 @@ def window_attention(
     image = slice(text, tokens) if text_first else slice(0, tokens - text)
     words = slice(0, text) if text_first else slice(tokens - text, tokens)
     allowed = torch.zeros(batch, tokens, k.shape[1], dtype=torch.bool, device=q.device)
-    allowed[:, words, :tokens] = True  # text sees all but the pooled copies of what it sees anyway
-    allowed[:, image, image] = window_mask(grid, reach, q.device)
+    # text sees all but the pooled copies of what it sees anyway
+    allowed[:, words, image if text_sees == "image" else slice(0, tokens)] = True
+    allowed[:, image, image] = window_mask(grid, reach, q.device, shape)
     allowed[:, image, words] = True
     allowed[:, image, tokens:] = True
     if text_mask is not None:

@@ -12,10 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import repeat_heads
 from .reference import window_weights
 
 SCORES_PER_CHUNK = 1 << 22  # scores of one head held at a time: 16 MiB in fp32
 CACHED_MASK = 1 << 22
+
+
+class Window(NamedTuple):
+    """What is seen: see `window_attention`; `grid` and `radius` along each axis."""
+
+    grid: tuple[int, ...]
+    radius: tuple[float, ...]
+    box: bool
+    text: int
+    text_first: bool
+    text_sees_text: bool
+    scale: float
 
 
 class Plan(NamedTuple):
@@ -27,10 +40,11 @@ class Plan(NamedTuple):
     distance: tuple[Tensor, ...]  # per axis [axis tiles, tile, span]: weighted squared distances
     shape: tuple[int, ...]  # axis tiles
     bound: float
+    box: bool
 
 
 @lru_cache(maxsize=16)
-def plan(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device) -> Plan:
+def plan(grid: tuple[int, ...], radius: tuple[float, ...], box: bool, device: torch.device) -> Plan:
     """The tiles of a grid. Cached by value: grids with equally many tokens never share an entry."""
     weights, bound = window_weights(radius)
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64; exact to 4,096 tokens a side
@@ -50,7 +64,7 @@ def plan(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device)
         queries, keys = _flat_tokens(q_axes, grid), _flat_tokens(k_axes, grid)
         slot = torch.empty(math.prod(grid), dtype=torch.long, device=device)
         slot[queries.flatten()] = torch.arange(queries.numel(), device=device)
-    return Plan(queries, keys, slot, tuple(distance), tuple(tiles), bound)
+    return Plan(queries, keys, slot, tuple(distance), tuple(tiles), bound, box)
 
 
 def _flat_tokens(axes: list[Tensor], grid: tuple[int, ...]) -> Tensor:
@@ -71,25 +85,29 @@ def _mask(p: Plan, first: int, last: int) -> Tensor:
         d = p.distance[a][i]
         shape = [d.shape[0]] + [1] * (2 * rank)
         shape[1 + a], shape[1 + rank + a] = d.shape[1:]
-        total = total + d.reshape(shape)
+        total = torch.maximum(total, d.reshape(shape)) if p.box else total + d.reshape(shape)
     return (total < p.bound).flatten(1 + rank).flatten(1, rank)
 
 
 @lru_cache(maxsize=16)
-def _whole_mask(grid: tuple[int, ...], radius: tuple[float, ...], device: torch.device) -> Tensor:
+def _whole_mask(grid: tuple[int, ...], radius: tuple[float, ...], box: bool, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        p = plan(grid, radius, device)
+        p = plan(grid, radius, box, device)
         return _mask(p, 0, len(p.queries))
 
 
-def _chunks(p: Plan, grid, radius, context: int, batch: int):
+def _chunks(p: Plan, w: Window, context: int, batch: int):
     """Runs of tiles with their masks, such that a chunk's scores per head stay within the budget."""
     count, per_tile = len(p.queries), p.queries.shape[1] * (p.keys.shape[1] + context) * batch
     step = max(1, SCORES_PER_CHUNK // per_tile)
     small = count * p.queries.shape[1] * p.keys.shape[1] <= CACHED_MASK
     for first in range(0, count, step):
         last = min(count, first + step)
-        yield first, last, _whole_mask(grid, radius, p.slot.device)[first:last] if small else _mask(p, first, last)
+        yield (
+            first,
+            last,
+            _whole_mask(w.grid, w.radius, w.box, p.slot.device)[first:last] if small else _mask(p, first, last),
+        )
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -126,21 +144,21 @@ def softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Te
     return (scores - lse.unsqueeze(-1)).exp(), lse
 
 
-def image_forward(q, k, v, context_k, context_v, context_mask, grid, radius, scale, return_lse):
+def image_forward(q, k, v, context_k, context_v, context_mask, w: Window, return_lse: bool):
     """Image queries `[B, N, H, D]`: out `[B, N, H, D]`, log-sum-exp `[B, N, H]` or None."""
-    p, batch, context = plan(grid, radius, q.device), q.shape[0], context_k.shape[1]
+    p, batch, context = plan(w.grid, w.radius, w.box, q.device), q.shape[0], context_k.shape[1]
     outs, lses = [], []
-    for first, last, window in _chunks(p, grid, radius, context, batch):
+    for first, last, window in _chunks(p, w, context, batch):
         mask = _full_mask(window, context, context_mask, batch)
         qt = _gather(q, p.queries[first:last])
         kt = _with_context(k, p.keys[first:last], context_k)
         vt = _with_context(v, p.keys[first:last], context_v)
         if return_lse:
-            probs, lse = softmax(qt, kt, mask, scale)
+            probs, lse = softmax(qt, kt, mask, w.scale)
             outs.append((probs.to(v.dtype) @ vt).transpose(1, 2).unflatten(0, (batch, -1)))
             lses.append(lse.transpose(1, 2).unflatten(0, (batch, -1)))
         else:
-            out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask, scale=scale)
+            out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask, scale=w.scale)
             outs.append(out.transpose(1, 2).unflatten(0, (batch, -1)))
     out = torch.cat(outs, dim=1).flatten(1, 2).index_select(1, p.slot)
     return out, torch.cat(lses, dim=1).flatten(1, 2).index_select(1, p.slot) if return_lse else None
@@ -160,9 +178,9 @@ def attention_backward(q, k, v, mask, scale, grad_out, grad_lse):
     return grad_s @ k.to(wide), grad_s.transpose(-1, -2) @ q.to(wide), grad_v
 
 
-def image_backward(q, k, v, context_k, context_v, context_mask, grid, radius, scale, grad_out, grad_lse):
+def image_backward(q, k, v, context_k, context_v, context_mask, w: Window, grad_out, grad_lse):
     """Gradients of `image_forward`: q, k, v, context_k, context_v, all in fp32 or wider."""
-    p, batch, context = plan(grid, radius, q.device), q.shape[0], context_k.shape[1]
+    p, batch, context = plan(w.grid, w.radius, w.box, q.device), q.shape[0], context_k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     grads = [torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v)]
     grad_ck, grad_cv = (torch.zeros_like(x, dtype=wide) for x in (context_k, context_v))
@@ -170,7 +188,7 @@ def image_backward(q, k, v, context_k, context_v, context_mask, grid, radius, sc
     read = torch.zeros(p.queries.numel(), dtype=torch.bool, device=q.device)
     read[p.slot] = True
     read = read.unflatten(0, tuple(p.queries.shape))
-    for first, last, window in _chunks(p, grid, radius, context, batch):
+    for first, last, window in _chunks(p, w, context, batch):
         mask = _full_mask(window, context, context_mask, batch)
         qi, ki = p.queries[first:last], p.keys[first:last]
         keep = read[first:last, None, :, None].repeat(batch, 1, 1, 1)
@@ -179,7 +197,7 @@ def image_backward(q, k, v, context_k, context_v, context_mask, grid, radius, sc
         if grad_lse is not None:
             g_lse = (_gather(grad_lse.unsqueeze(-1), qi) * keep).squeeze(-1)
         kt, vt = _with_context(k, ki, context_k), _with_context(v, ki, context_v)
-        gq, gk, gv = attention_backward(_gather(q, qi), kt, vt, mask, scale, g_out, g_lse)
+        gq, gk, gv = attention_backward(_gather(q, qi), kt, vt, mask, w.scale, g_out, g_lse)
         for grad, part, index in zip(
             grads, (gq, gk[:, :, : ki.shape[1]], gv[:, :, : ki.shape[1]]), (qi, ki, ki), strict=True
         ):
@@ -188,3 +206,69 @@ def image_backward(q, k, v, context_k, context_v, context_mask, grid, radius, sc
             grad_ck += gk[:, :, ki.shape[1] :].transpose(1, 2).unflatten(0, (batch, -1)).sum(dim=1)
             grad_cv += gv[:, :, ki.shape[1] :].transpose(1, 2).unflatten(0, (batch, -1)).sum(dim=1)
     return *grads, grad_ck, grad_cv
+
+
+class _Parts:
+    """Slices of text and image, the context (text and pooled) that every image query sees, and what text sees."""
+
+    def __init__(self, q, k, v, pooled_k, pooled_v, text_mask, w: Window):
+        heads, tokens = q.shape[2], q.shape[1]
+        self.words = slice(0, w.text) if w.text_first else slice(tokens - w.text, tokens)
+        self.image = slice(w.text, tokens) if w.text_first else slice(0, tokens - w.text)
+        self.k, self.v = repeat_heads(k, heads), repeat_heads(v, heads)
+        self.context_k, self.context_v = self.k[:, self.words], self.v[:, self.words]
+        pooled = 0 if pooled_k is None else pooled_k.shape[1]
+        if pooled:
+            self.context_k = torch.cat((self.context_k, repeat_heads(pooled_k, heads)), dim=1)
+            self.context_v = torch.cat((self.context_v, repeat_heads(pooled_v, heads)), dim=1)
+        self.seen = slice(None) if w.text_sees_text else self.image
+        self.context_mask = self.text_mask = None
+        if text_mask is not None and w.text:
+            self.context_mask = F.pad(text_mask, (0, pooled), value=True)
+            if w.text_sees_text:
+                real = text_mask.new_ones(q.shape[:2])
+                real[:, self.words] = text_mask
+                self.text_mask = real[:, None, None]
+
+
+def forward(q, k, v, pooled_k, pooled_v, text_mask, w: Window, keep_lse: bool) -> tuple[Tensor, Tensor]:
+    """Output `[B, S, H, D]`, and log-sum-exps `[B, H, S]`, empty unless kept."""
+    p = _Parts(q, k, v, pooled_k, pooled_v, text_mask, w)
+    image, image_lse = image_forward(
+        q[:, p.image], p.k[:, p.image], p.v[:, p.image], p.context_k, p.context_v, p.context_mask, w, keep_lse
+    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if keep_lse else (0,), dtype=wide)
+    out[:, p.image] = image
+    if keep_lse:
+        lse[:, :, p.image] = image_lse.transpose(1, 2)
+    if w.text:
+        qt, kt, vt = (x.transpose(1, 2) for x in (q[:, p.words], p.k[:, p.seen], p.v[:, p.seen]))
+        words = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=p.text_mask, scale=w.scale)
+        out[:, p.words] = words.transpose(1, 2)
+        if keep_lse:
+            lse[:, :, p.words] = softmax(qt, kt, p.text_mask, w.scale)[1]
+    return out, lse
+
+
+def backward(grad, grad_lse, q, k, v, pooled_k, pooled_v, text_mask, w: Window) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and the pooled keys and values, of each query head, in fp32 or wider."""
+    p = _Parts(q, k, v, pooled_k, pooled_v, text_mask, w)
+    gq, gk, gv, gck, gcv = image_backward(
+        q[:, p.image], p.k[:, p.image], p.v[:, p.image], p.context_k, p.context_v, p.context_mask, w,
+        grad[:, p.image], None if grad_lse is None else grad_lse[:, :, p.image].transpose(1, 2),
+    )  # fmt: skip
+    dq, dk, dv = (torch.zeros_like(x, dtype=gq.dtype, memory_format=torch.contiguous_format) for x in (q, p.k, p.v))
+    dq[:, p.image], dk[:, p.image], dv[:, p.image] = gq, gk, gv
+    dk[:, p.words], dv[:, p.words] = gck[:, : w.text], gcv[:, : w.text]
+    if w.text:
+        grads = attention_backward(
+            *(x.transpose(1, 2) for x in (q[:, p.words], p.k[:, p.seen], p.v[:, p.seen])), p.text_mask, w.scale,
+            grad[:, p.words].transpose(1, 2), None if grad_lse is None else grad_lse[:, :, p.words],
+        )  # fmt: skip
+        tq, tk, tv = (g.transpose(1, 2) for g in grads)
+        dq[:, p.words] = tq
+        dk[:, p.seen] += tk
+        dv[:, p.seen] += tv
+    return dq, dk, dv, gck[:, w.text :], gcv[:, w.text :]

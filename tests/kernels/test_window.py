@@ -118,9 +118,49 @@ def test_pair_count(grid, radius):
 def test_opcheck():
     q, k, v, pk, pv = (torch.randn(1, n, 2, 8, requires_grad=True) for n in (10, 10, 10, 2, 2))
     op = torch.ops.linfusion.window_attention.default
-    torch.library.opcheck(op, (q, k, v, None, None, None, None, [2, 4], [2.0, 2.0], 2, True, 0.3, False))
+    settings = ([2.0, 2.0], False, 2, True, True, 0.3)
+    torch.library.opcheck(op, (q, k, v, None, None, None, None, [2, 4], *settings, False, False))
     mask, grid = torch.tensor([[True, False]]), torch.tensor([2, 4])
-    torch.library.opcheck(op, (q, k, v, pk, pv, mask, grid, [], [2.0, 2.0], 2, True, 0.3, True))
+    torch.library.opcheck(op, (q, k, v, pk, pv, mask, grid, [], *settings, True, False))
+
+
+@pytest.mark.parametrize(("grid", "radius"), [((9, 12), 4), ((9, 12), (2, 5)), ((3, 6, 7), (2, 3, 2.5))], ids=str)
+def test_a_box(grid, radius):
+    qkv, options, leaves = inputs(grid, text=3, pooled=2)
+    options |= dict(radius=radius, shape="box")
+    out, want = window_attention(*qkv, **options), reference.window_attention(*qkv, **options)
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
+    grad = torch.randn_like(out)
+    for a, b in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_a_box_has_its_corners():
+    assert reference.window_mask((9, 9), (3, 3), shape="box")[40].sum() == 25
+    assert reference.window_mask((9, 9), (3, 3))[40].sum() == 21 + 4  # strict: (2, 2) lies within the disc of 3, too
+    assert reference.window_mask((9, 9), (4, 4), shape="box")[40].sum() == 49
+    assert reference.window_mask((9, 9), (4, 4))[40].sum() == 45
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+def test_parts_of_several_ranks_merge(text_first):
+    """Text queries of two halves of a picture, of which one leaves the text out, are those of the whole."""
+    qkv, options, _ = inputs((8, 6), text=5, masked=True, text_first=text_first)
+    words = slice(0, 5) if text_first else slice(48, 53)
+    whole = window_attention(*qkv, radius=3, **options)[:, words]
+
+    def half(rows, sees):
+        image = [x[:, 5:] if text_first else x[:, :48] for x in qkv]
+        image = [x.unflatten(1, (8, 6))[:, rows].flatten(1, 2) for x in image]
+        parts = [(x[:, words], y) if text_first else (y, x[:, words]) for x, y in zip(qkv, image, strict=True)]
+        return window_attention(
+            *(torch.cat(p, 1) for p in parts), radius=3, **options | dict(grid=(4, 6)), text_sees=sees, return_lse=True
+        )
+
+    at = slice(0, 5) if text_first else slice(24, 29)
+    (a, lse_a), (b, lse_b) = ((x[:, at] for x in half(*how)) for how in ((slice(0, 4), "all"), (slice(4, 8), "image")))
+    share = torch.sigmoid(lse_a - lse_b)[..., None]
+    torch.testing.assert_close(share * a + (1 - share) * b, whole)
 
 
 def test_compiles_whole():
@@ -155,6 +195,8 @@ BAD = {
     "grid of another length": (dict(grid=(4, 4)), "4 x 4 = 16"),
     "grid of one axis": (dict(grid=(20,)), "grid must be"),
     "mask of another shape": (dict(text=0, text_mask=torch.ones(2, 3, dtype=torch.bool)), "text_mask must be bool"),
+    "shape": (dict(shape="disc"), "shape must be one of 'ellipsoid', 'box', got 'disc'"),
+    "text_sees": (dict(text_sees="text"), "text_sees must be one of 'all', 'image', got 'text'"),
     "half of the pooled pair": (dict(pooled_k=torch.randn(2, 1, 2, 8)), "go together"),
 }
 
