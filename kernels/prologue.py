@@ -67,4 +67,4 @@ def qk_norm_rope(
         wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
         run = forward_with_gradients if wanted else forward
     out_q, out_k, out_v = run(*tensors, interleaved, eps, across_heads, text_first, rope_from, turning)
-    return out_q, out_k, out_v if text else v
+    return out_q, out_k, v if tensors[2] is None else out_v

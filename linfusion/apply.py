@@ -101,10 +101,8 @@ def apply_adapter(
     models = denoisers(pipe_or_model)
     if adapter is not None and len(models) > 1:
         raise ValueError("Weights belong to one model; apply them to it: linfusion.apply(pipe.transformer, ...).")
-    plans = [(model, _plan(model, mechanism, layers)) for model in models]
+    plans = [(model, _plan(model, mechanism, layers, fuse_prologue)) for model in models]
     for model, record in plans:
-        for entry in record.entries.values():
-            entry.mechanism.fuse_prologue = fuse_prologue
         if adapter is not None:
             adapter.check(model, {name: e.mechanism for name, e in record.entries.items()})
     added = any(_has_parameters(record) for _, record in plans) or bool(adapter and (adapter.host or adapter.low_rank))
@@ -143,18 +141,20 @@ def applied(pipe_or_model: Host, mechanism: Choice, **settings: Any) -> Iterator
         restore(pipe_or_model)
 
 
-def attn_processors(model: Any, mechanism: Choice, *, layers: Layers = None) -> dict[str, Any]:
+def attn_processors(
+    model: Any, mechanism: Choice, *, layers: Layers = None, fuse_prologue: bool = True
+) -> dict[str, Any]:
     """Processors for diffusers' own call: `unet.set_attn_processor(attn_processors(unet, LinFusion()))`.
 
     The mechanisms' modules and hooks are attached here, since processors hold no parameters; `restore(model)` removes
-    them, also after the host's own processors have been set again.
+    them, also after the host's own processors have been set again. `layers` and `fuse_prologue` as in `apply`.
 
     Returns:
         A processor for every attention layer, keyed as `model.attn_processors` is.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_processor"):
         raise ValueError(f"{type(model).__name__} has no set_attn_processor; use linfusion.apply.")
-    record = _plan(model, mechanism, layers)
+    record = _plan(model, mechanism, layers, fuse_prologue)
     with without_sequential_offload(model, [model], _has_parameters(record) or _has_originals([model])):
         _replace(model, record, None, set_processors=False)
     processors: Any = model.attn_processors
@@ -184,8 +184,10 @@ def record_of(model: nn.Module) -> Record | None:
     return model.__dict__.get(RECORD)
 
 
-def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
+def _plan(model: nn.Module, mechanism: Choice, layers: Layers, fuse_prologue: bool) -> Record:
     """Build every mechanism and check all that can be known; touches nothing."""
+    if not isinstance(fuse_prologue, bool):
+        raise ValueError(f"fuse_prologue must be true or false, got {fuse_prologue!r}.")
     family = family_of(model)
     parallel = getattr(model, "_parallel_config", None)
     if getattr(parallel, "context_parallel_config", None) is not None:
@@ -216,6 +218,7 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
             original = previous.entries[name].original
         entry = record.entries[name] = _entry(family, record.sites[name][0], attn, chosen[name], original)
         entry.mechanism.layout, entry.mechanism.clock = state.layout, record.clock
+        entry.mechanism.fuse_prologue = fuse_prologue
         state.needs |= entry.mechanism.needs
         state.layers.append((name, attn))
         if "stream" in entry.mechanism.needs:

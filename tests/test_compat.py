@@ -19,7 +19,7 @@ from linfusion.call import AttnCall, sdpa
 from linfusion.kernels import sparse_linear_torch
 from linfusion.mechanisms import agent_sd
 
-from .models import TEXT, TINY, flux, forward, gap, lively, make_unet, noise, pixart, processors
+from .models import TEXT, TINY, cast, flux, forward, gap, lively, make_unet, noise, pixart, processors
 
 CONFIGS = [
     lf.Softmax(), lf.LinFusion(mid_dim=4), lf.CLEAR(3), lf.CLEAR(2, pool=2),
@@ -585,13 +585,6 @@ def test_backends_on_hosts_that_ignore_them(backends, name):
 
 
 half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-
-
-def cast(x, dtype):
-    """Arguments of a forward, `model.to(dtype)` to go with it."""
-    if isinstance(x, dict):
-        return {k: cast(v, dtype) for k, v in x.items()}
-    return x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x
 
 
 class Choices:

@@ -118,6 +118,15 @@ def forward(model: nn.Module, inputs: dict) -> Tensor:
         return whole(model(**inputs, return_dict=False))
 
 
+def cast(x, dtype: torch.dtype):
+    """Arguments of a forward in another dtype, `model.to(dtype)` to go with it."""
+    if isinstance(x, dict):
+        return {k: cast(v, dtype) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(cast(v, dtype) for v in x)
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
 def whole(out: tuple | list | Tensor) -> Tensor:
     """All that a host returns as one tensor: ControlNets return many, Z-Image one a sample."""
     parts = flat(out)
