@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, Factors, read_adapter, swap_host
 from .call import Clock, Layout, Site, Stream
 from .families import Family, family_of
-from .families.base import Processor, backend_name, check_fused, is_default_backend
+from .families.base import Processor, backend_name, check_fused, is_default, is_default_backend
 from .mechanisms import Mechanism, MechanismConfig
 from .offload import without_sequential_offload
 
@@ -216,7 +216,7 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers, fuse_prologue: bo
         original = attn.processor
         if previous is not None and name in previous.entries:
             original = previous.entries[name].original
-        entry = record.entries[name] = _entry(family, record.sites[name][0], attn, chosen[name], original)
+        entry = record.entries[name] = _entry(family, site, model, attn, chosen[name], original)
         entry.mechanism.layout, entry.mechanism.clock = state.layout, record.clock
         entry.mechanism.fuse_prologue = fuse_prologue
         state.needs |= entry.mechanism.needs
@@ -236,7 +236,9 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers, fuse_prologue: bo
     return record
 
 
-def _entry(family: Family, site: Site, attn: nn.Module, config: MechanismConfig, original: Any) -> Entry:
+def _entry(
+    family: Family, site: Site, model: nn.Module, attn: nn.Module, config: MechanismConfig, original: Any
+) -> Entry:
     if type(original).__name__ not in family.stock:
         fused = getattr(attn, "fused_projections", False)
         raise NotImplementedError(
@@ -256,19 +258,24 @@ def _entry(family: Family, site: Site, attn: nn.Module, config: MechanismConfig,
     processor = family.processor_of(attn)
     if backend is not None:
         processor._attention_backend = backend
-    device, dtype = _placement(attn)
+    device, dtype = _placement(model, attn)
     if device.type != "meta":
         mechanism.to(device)
     return Entry(mechanism.to(dtype).train(attn.training), processor, original)
 
 
-def _placement(attn: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the layer computes; quantised and 8-bit weights say nothing about the dtype, norms and biases do."""
+def _placement(model: nn.Module, attn: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the layer computes; quantised and 8-bit weights say nothing about the dtype, norms and biases do.
+
+    Where a layer has neither, diffusers knows what it casts 8-bit weights to (`enable_layerwise_casting`).
+    """
     parameters = list(attn.parameters())
     for p in parameters:
         if p.is_floating_point() and p.dtype.itemsize >= 2:
             return p.device, p.dtype
-    return (parameters[0].device if parameters else torch.device("cpu")), torch.float32
+    dtype = getattr(model, "dtype", None)
+    wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
+    return (parameters[0].device if parameters else torch.device("cpu")), dtype if wide else torch.float32
 
 
 def _choose(names: list[str], mechanism: Choice, layers: Layers) -> dict[str, MechanismConfig]:
@@ -415,10 +422,11 @@ def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if not torch.compiler.is_compiling():
         for name, attn in state.layers:
             over = type(attn.processor)
-            if not issubclass(over, Processor) and over.__name__ not in state.stock:
+            if not issubclass(over, Processor) and not (over.__name__ in state.stock and is_default(over)):
+                cure = "Apply again" if over.__name__ in state.stock else "Apply to layers without it"
                 raise RuntimeError(
                     f"A {over.__name__} was set over {type(attn.linfusion.config).__name__} on {name}, which would "
-                    "silently have no effect. Apply to layers without it, or linfusion.restore."
+                    f"silently have no effect. {cure}, or linfusion.restore."
                 )
     layout = state.read(host, args, kwargs, state.needs)
     shared = state.layout

@@ -19,7 +19,7 @@ from linfusion.call import AttnCall, sdpa
 from linfusion.kernels import sparse_linear_torch
 from linfusion.mechanisms import agent_sd
 
-from .models import TEXT, TINY, cast, flux, forward, gap, lively, make_unet, noise, pixart, processors
+from .models import TEXT, TINY, Quantised, cast, flux, forward, gap, lively, make_unet, noise, pixart, processors
 
 CONFIGS = [
     lf.Softmax(), lf.LinFusion(mid_dim=4), lf.CLEAR(3), lf.CLEAR(2, pool=2),
@@ -685,24 +685,6 @@ def test_half_precision_layer_by_layer(tiny, config, dtype):
     assert all(mine <= 2 * theirs + torch.finfo(dtype).eps / 2 for mine, theirs in lost), lost
 
 
-class Quantised(nn.Module):
-    """A projection that can only be called, as quantised layers are; asking for its weight is a mistake."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.register_buffer("packed", linear.weight.detach().to(torch.float64))
-        self.register_buffer("offset", None if linear.bias is None else linear.bias.detach())
-
-    @property
-    def weight(self):
-        raise RuntimeError("packed: there is no weight to read")
-
-    bias = in_features = out_features = weight
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.packed.to(x.dtype), self.offset)
-
-
 @everywhere
 def test_quantised_projections(model, inputs, config):
     torch.manual_seed(0)
@@ -738,6 +720,25 @@ def test_sizes_in_a_row_and_samples_apart(tiny, config):
         alone = [forward(other, sample(inputs, i)) for i in range(2)]
         assert gap(alone[0], alone[1]) > 1e-2  # samples differ
         assert gap(seen[-1], torch.cat(alone)) < 1e-9
+
+
+@pytest.mark.parametrize("order", ["cast-first", "apply-first"])
+@everywhere
+def test_layerwise_casting(tiny, inputs, config, order):
+    """diffusers keeps weights in 8 bits and casts each layer's for its call; some layers then have no wider weight."""
+    model, inputs = tiny.build().to(torch.bfloat16), cast(inputs, torch.bfloat16)
+
+    def narrow():
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+
+    for step in (narrow, lambda: apply(model, config))[:: 1 if order == "cast-first" else -1]:
+        step()
+    out = forward(model, inputs)
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+    lf.restore(model)
+    other = tiny.build().to(torch.bfloat16)
+    other.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert torch.equal(forward(model, inputs), forward(other, inputs))
 
 
 def test_text_length_may_change():

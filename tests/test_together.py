@@ -107,10 +107,11 @@ def test_textual_inversion(pipe, config):
     check(pipe, config, lambda: draw(pipe, prompt="<toy> apple"))
 
 
+@pytest.mark.parity
 def test_vae_tiling(pipe, config):
     untiled = draw(lf.apply(pipe, config))
     lf.restore(pipe)
-    # older releases of diffusers have it on the pipeline
+    # the oldest supported diffusers has it on the pipeline, the newest on the autoencoder
     getattr(pipe, "enable_vae_tiling", pipe.vae.enable_tiling)()
     pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 32
     assert gap(check(pipe, config, lambda: draw(pipe)), untiled) > 1e-4
@@ -281,6 +282,53 @@ def test_ip_adapter_of_sd3(name, order):
     lf.restore(model)
     assert torch.equal(draw(), stock)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("order", ["sliced-first", "sliced-second"])
+def test_attention_slicing(pipe, config, order):
+    """It sets processors of its own, which must not put an end to the mechanism in silence."""
+    stock = draw(pipe)
+    if order == "sliced-first":
+        pipe.enable_attention_slicing()
+        stock = draw(pipe)
+        out = draw(lf.apply(pipe, config))
+        assert (gap(out, stock) < 1e-4) == isinstance(config, lf.Softmax)
+    else:
+        lf.apply(pipe, config)
+        pipe.enable_attention_slicing()
+        with pytest.raises(RuntimeError, match=r"SlicedAttnProcessor was set over \w+ on .* Apply again"):
+            draw(pipe)
+        out = draw(lf.apply(pipe, config))
+        assert lf.describe(pipe).replaced > 0
+    lf.restore(pipe)
+    assert gap(draw(pipe), stock) < 1e-4
+
+
+def test_something_else_merges_tokens():
+    """As tomesd does between a block's norm and its attention: the grid no longer fits, which is said."""
+    tiny = TINY["unet-sd15"]
+    for config in CONFIGS.values():
+        model, inputs = tiny.build(), tiny.inputs(6, 9)
+        stock = forward(model, inputs)
+        lf.apply(model, config)
+        handles = [
+            model.get_submodule(r.layer).register_forward_pre_hook(lambda attn, args: (args[0][:, ::2], *args[1:]))
+            for r in lf.describe(model).layers if r.mechanism
+        ]  # fmt: skip
+        handles += [
+            model.get_submodule(r.layer).register_forward_hook(lambda attn, args, out: out.repeat_interleave(2, 1))
+            for r in lf.describe(model).layers if r.mechanism
+        ]  # fmt: skip
+        inputs = tiny.inputs(8, 12)
+        if any("grid" in m.needs for m in model.modules() if hasattr(m, "needs")):
+            with pytest.raises(ValueError, match=r"grid 8 x 12"):
+                forward(model, inputs)
+        else:
+            assert forward(model, inputs).isfinite().all()
+        for handle in handles:
+            handle.remove()
+        lf.restore(model)
+        assert torch.equal(forward(model, tiny.inputs(6, 9)), stock)
 
 
 def test_projections_fused_while_on():

@@ -145,6 +145,24 @@ def gap(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
+class Quantised(nn.Module):
+    """A projection that can only be called, as quantised layers are; asking for its weight is a mistake."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("packed", linear.weight.detach().to(torch.float64))
+        self.register_buffer("offset", None if linear.bias is None else linear.bias.detach())
+
+    @property
+    def weight(self):
+        raise RuntimeError("packed: there is no weight to read")
+
+    bias = in_features = out_features = weight
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed.to(x.dtype), self.offset)
+
+
 def processors(model: nn.Module) -> dict[str, object]:
     """Every attention layer's processor, cross-attention included."""
     return {name: m.processor for name, m in model.named_modules() if hasattr(m, "set_processor")}
