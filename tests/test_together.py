@@ -4,6 +4,8 @@ import pytest
 import torch
 from diffusers import (
     FirstBlockCacheConfig,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
     LCMScheduler,
     PyramidAttentionBroadcastConfig,
     StableDiffusionImg2ImgPipeline,
@@ -27,6 +29,13 @@ def config(request):
 @pytest.fixture
 def pipe():
     pipe = stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def emoji():
+    pipe = lf.demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -71,6 +80,59 @@ def test_other_tasks(pipe, config, task):
     with lf.applied(pipe, config):  # one model behind both pipelines
         if not isinstance(config, lf.LinFusion):  # whose fresh branch is random
             assert torch.equal(draw(other, **settings), changed)
+
+
+@pytest.mark.parametrize("config", [lf.Softmax(), lf.CLEAR(4), lf.Agent(16)], ids=str)
+@pytest.mark.parametrize("task", [FluxImg2ImgPipeline, FluxInpaintPipeline], ids=lambda c: c.__name__)
+def test_other_tasks_of_flux(emoji, task, config):
+    """The embedded model behind diffusers' own pipelines for them."""
+    other = task.from_pipe(emoji)
+    other.set_progress_bar_config(disable=True)
+    settings = {"image": picture().resize((256, 192)), "strength": 0.8, "height": 192, "width": 256}
+    if task is FluxInpaintPipeline:
+        mask = Image.new("L", (256, 192))
+        mask.paste(255, (0, 0, 128, 192))
+        settings |= {"mask_image": mask}
+
+    check(other, config, lambda: draw(other, **settings, max_sequence_length=16))
+
+
+@pytest.mark.parametrize("config", [lf.Softmax(), lf.CLEAR(4), lf.SLA(0.3, 16, 16)], ids=str)
+def test_loras_by_the_pipelines_own_calls(emoji, config):
+    """Loaded, weighed, fused into the weights and out again, switched off and unloaded while the mechanism is on."""
+    generator = torch.Generator().manual_seed(3)
+
+    def factors():
+        found = {}
+        for name, m in emoji.transformer.named_modules():
+            if name.endswith(("attn.to_q", "attn.to_v", "attn.to_out.0")):
+                for key, shape in (("lora_A", (4, m.in_features)), ("lora_B", (m.out_features, 4))):
+                    found[f"transformer.{name}.{key}.weight"] = 0.1 * torch.randn(shape, generator=generator)
+        return found
+
+    def run():
+        return draw(emoji, height=128, width=192)
+
+    stock = run()
+    lf.apply(emoji, config)
+    base = run()
+    emoji.load_lora_weights(factors(), adapter_name="one")
+    one = run()
+    emoji.load_lora_weights(factors(), adapter_name="two")
+    emoji.set_adapters(["one", "two"], [1.0, 0.5])
+    both = run()
+    assert min(gap(one, base), gap(both, one), gap(both, base)) > 1e-2
+    emoji.fuse_lora()
+    assert gap(run(), both) < 1e-4
+    emoji.unfuse_lora()
+    assert gap(run(), both) < 1e-4
+    emoji.disable_lora()
+    assert gap(run(), base) < 1e-4
+    emoji.enable_lora()
+    emoji.unload_lora_weights()
+    assert gap(run(), base) < 1e-4
+    lf.restore(emoji)
+    assert gap(run(), stock) < 1e-4  # what was fused came out again but for rounding
 
 
 def test_several_loras(pipe, config):

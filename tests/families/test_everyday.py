@@ -43,9 +43,9 @@ def changed(tiny, model, mix):
     return model
 
 
-@pytest.mark.parity
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_softmax_is_the_stock_model_in_every_dtype(tiny, inputs, dtype):
+    """Of the newest diffusers: the oldest projects parts of the joint sequence without a copy, and rounds otherwise."""
     model, inputs = tiny.build().to(dtype), cast(inputs, dtype)
     stock = forward(model, inputs)
     assert torch.equal(forward(lf.apply(model, lf.Softmax()), inputs), stock)
@@ -143,7 +143,7 @@ def test_attention_backends(tiny, inputs, config):
 
 
 FIRST = {tiny.family: name for name, tiny in reversed(HOSTS.items()) if tiny.make()._repeated_blocks}
-"""One host of each family whose blocks diffusers knows; `test_compat.py` has FLUX and the UNet."""
+"""One host of each family whose blocks diffusers knows; `test_compile.py` has FLUX and the UNet."""
 
 
 @pytest.mark.parametrize("name", sorted(set(FIRST.values()) - {"flux", "unet-sd15"}))
