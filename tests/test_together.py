@@ -366,6 +366,17 @@ def test_attention_slicing(pipe, config, order):
     assert gap(draw(pipe), stock) < 1e-4
 
 
+def test_xformers_over_a_mechanism():
+    """Its package need not be there for its processor to be set."""
+    from diffusers.models.attention_processor import XFormersAttnProcessor
+
+    tiny = TINY["unet-sd15"]
+    model = lf.apply(tiny.build(), lf.CLEAR(2))
+    model.set_attn_processor(XFormersAttnProcessor())
+    with pytest.raises(RuntimeError, match=r"XFormersAttnProcessor was set over CLEAR on .* Apply again"):
+        forward(model, tiny.inputs(6, 9))
+
+
 def test_something_else_merges_tokens():
     """As tomesd does between a block's norm and its attention: the grid no longer fits, which is said."""
     tiny = TINY["unet-sd15"]
