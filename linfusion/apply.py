@@ -273,9 +273,10 @@ def _placement(model: nn.Module, attn: nn.Module) -> tuple[torch.device, torch.d
     for p in parameters:
         if p.is_floating_point() and p.dtype.itemsize >= 2:
             return p.device, p.dtype
-    dtype = getattr(model, "dtype", None)
-    wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
-    return (parameters[0].device if parameters else torch.device("cpu")), dtype if wide else torch.float32
+    dtype: Any = getattr(model, "dtype", None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        dtype = torch.float32
+    return parameters[0].device if parameters else torch.device("cpu"), dtype
 
 
 def _choose(names: list[str], mechanism: Choice, layers: Layers) -> dict[str, MechanismConfig]:
