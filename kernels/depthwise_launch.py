@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, multiprocessors
-from .launch import launch
+from .launch import Launch, Remembered
 
 if HAS_TRITON:
     from . import depthwise_triton as triton_kernels
@@ -40,7 +39,6 @@ SCRATCH = 0.04
 START = 6
 
 
-@functools.lru_cache(maxsize=1024)
 def cut(height: int, reach: int, columns: int, slots: int, most: int) -> int:
     """Rows of a piece, so that `columns` strips of `height` rows take least time in `slots` that run side by side.
 
@@ -65,26 +63,21 @@ def _constants(tile: Tile, size: int, channels: int, dim: int, *tensors: Tensor)
     }  # fmt: skip
 
 
-def convolve(
-    v: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, out: Tensor, grid: Sequence[int],
-    flip: bool = False,
-) -> None:  # fmt: skip
-    """Writes `add + conv(v)` into `out`, a part of a `[B, S, H, D]` tensor whose channels lie side by side; or `add`.
-
-    With `flip` the weight points the other way: the convolution's gradient.
-    """
+@Remembered
+def _convolution(
+    v: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, out: Tensor, height: int, width: int,
+    frames: int, flip: bool,
+) -> Launch:  # fmt: skip
     batch, _, heads, dim = v.shape
-    height, width = grid[-2:]
-    frames, channels, size = math.prod(grid[:-2]), heads * dim, weight.shape[-1]
+    channels, size = heads * dim, weight.shape[-1]
     tile = TILES["value" if flip else "forward"][size]
     blocks, strips = -(-channels // tile.channels), -(-width // (tile.columns * tile.warps))
     images = batch * frames
     rows = cut(height, size // 2, blocks * strips * images, tile.programs * multiprocessors(v.device), height)
     more = v if add is None else add
-    launch(
+    return Launch(
         triton_kernels.forward_kernel, (blocks * strips, -(-height // rows), images),
-        (v, weight.contiguous(), weight if bias is None else bias, more, out,
-         height, width, rows, blocks, frames, channels, dim, weight.shape[0],
+        (height, width, rows, blocks, frames, channels, dim, weight.shape[0],
          v.stride(0), v.stride(2), more.stride(0), more.stride(2), out.stride(0)),
         _constants(tile, size, channels, dim, v, more) | {
             "V_TOKEN": v.stride(1), "ADD_TOKEN": more.stride(1), "OUT_TOKEN": out.stride(1), "AHEAD": tile.ahead,
@@ -94,13 +87,33 @@ def convolve(
     )  # fmt: skip
 
 
-def weight_gradient(
-    v: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int]
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the weight and the bias: partial sums in fp32, added up in a fixed order."""
-    batch, tokens, heads, dim = v.shape
-    height, width = grid[-2:]
-    frames, channels, size = math.prod(grid[:-2]), heads * dim, weight.shape[-1]
+def convolve(
+    v: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, out: Tensor, grid: Sequence[int],
+    flip: bool = False,
+) -> None:  # fmt: skip
+    """Writes `add + conv(v)` into `out`, a part of a `[B, S, H, D]` tensor whose channels lie side by side; or `add`.
+
+    With `flip` the weight points the other way: the convolution's gradient.
+    """
+    weight = weight.contiguous()
+    run = _convolution(v, weight, bias, add, out, *grid[-2:], math.prod(grid[:-2]), flip)
+    run(v, weight, weight if bias is None else bias, v if add is None else add, out)
+
+
+class WeightGradient(NamedTuple):
+    """The gradient of one weight from values of one layout: partial sums of this shape, and their sum."""
+
+    partial: tuple[int, ...]
+    parts: Launch
+    total: Launch
+
+
+@Remembered
+def _weight_gradient(
+    v: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, frames: int
+) -> WeightGradient:
+    batch, _, heads, dim = v.shape
+    channels, size = heads * dim, weight.shape[-1]
     tile, taps = TILES["weight"][size], size * size
     blocks, strips = -(-channels // tile.channels), -(-width // (tile.columns * tile.warps))
     columns = strips * batch * frames
@@ -111,19 +124,30 @@ def weight_gradient(
     units = columns * chunks
     share = -(-units // parts)
     parts = -(-units // share)
-    partial = torch.empty((parts, taps + 1, channels), dtype=torch.float32, device=v.device)
-    launch(
-        triton_kernels.weight_kernel, (blocks, parts, 1),
-        (v, grad, partial, height, width, rows, chunks, strips, units, share, frames, channels, dim,
-         *v.stride()[:3], *grad.stride()[:3]),
-        _constants(tile, size, channels, dim, v, grad) | {"GRAD_FLAT": grad.stride(2) == dim},
+    return WeightGradient(
+        (parts, taps + 1, channels),
+        Launch(
+            triton_kernels.weight_kernel, (blocks, parts, 1),
+            (height, width, rows, chunks, strips, units, share, frames, channels, dim,
+             *v.stride()[:3], *grad.stride()[:3]),
+            _constants(tile, size, channels, dim, v, grad) | {"GRAD_FLAT": grad.stride(2) == dim},
+        ),
+        Launch(
+            triton_kernels.sum_kernel, (-(-weight.shape[0] // 64), taps + 1, 1),
+            (parts, channels // weight.shape[0], channels, weight.shape[0]),
+            {"TAPS": taps, "BIAS": bias is not None, "ROWS": 16, "CHANNELS": 64, "num_warps": 4},
+        ),
     )  # fmt: skip
+
+
+def weight_gradient(
+    v: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the weight and the bias: partial sums in fp32, added up in a fixed order."""
+    recipe = _weight_gradient(v, grad, weight, bias, *grid[-2:], math.prod(grid[:-2]))
+    partial = torch.empty(recipe.partial, dtype=torch.float32, device=v.device)
+    recipe.parts(v, grad, partial)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=v.device)
     dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=v.device)
-    launch(
-        triton_kernels.sum_kernel, (-(-weight.shape[0] // 64), taps + 1, 1),
-        (partial, dweight, dweight if dbias is None else dbias,
-         parts, channels // weight.shape[0], channels, weight.shape[0]),
-        {"TAPS": taps, "BIAS": bias is not None, "ROWS": 16, "CHANNELS": 64, "num_warps": 4},
-    )  # fmt: skip
+    recipe.total(partial, dweight, dweight if dbias is None else dbias)
     return dweight, dbias

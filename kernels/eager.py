@@ -17,6 +17,8 @@ def differentiable(
     Not for torch.compile, which traces operators only.
     """
 
+    once = once_differentiable(backward)
+
     class Differentiable(torch.autograd.Function):
         # one method rather than `setup_context`, for which torch inspects the signature at every call
         @staticmethod
@@ -26,8 +28,8 @@ def differentiable(
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple:
-            return backward(ctx, *grads)
+            # a graph of gradients is refused when it is used; without one there is nothing to refuse
+            return (once if torch.is_grad_enabled() else backward)(ctx, *grads)
 
     return Differentiable.apply

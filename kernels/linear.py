@@ -1,13 +1,14 @@
 """Non-causal linear attention (Katharopoulos et al., arXiv 2006.16236, eq. 5, without the causal sum)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
-from .backend import why_not_triton
 from .checks import check_linear, split_heads
-from .linear_launch import forward, forward_with_gradients, linear_attention_op
-from .rotary import RopeTables
+from .linear_launch import forward, forward_recipe, forward_with_gradients, linear_attention_op, suits
+from .rotary import RopeTables, alike
 
 
 def linear_attention(
@@ -54,37 +55,35 @@ def linear_attention(
         ValueError: shapes that do not belong together, an unknown feature map or normalisation, heads that do not
             divide the channels, `key_weight` where mean(v) is needed too.
     """
-    check_linear(q, k, v, feature_map, normalize, rope, key_mask, key_weight)
+    settings: dict[str, Any] = {
+        "feature_map": feature_map, "normalize": normalize, "eps": float(eps), "scale": float(scale),
+    }  # fmt: skip
+    if heads is not None or key_mask is not None or key_weight is not None:
+        check_linear(q, k, v, feature_map, normalize, rope, key_mask, key_weight)
     if heads is not None and heads != q.shape[2]:
         groups = _regrouped(q, k, v, feature_map, rope, heads, key_weight)
         if groups is not None:
-            out = linear_attention(
-                *groups[:3], feature_map=feature_map, normalize=normalize, eps=eps, scale=scale, rope=groups[3],
-                key_mask=key_mask,
-            )  # fmt: skip
-            return out.reshape(q.shape)
-    alone = heads is None or heads == q.shape[2]
-    if not alone or not _suits_kernels(v, rope, key_weight) or why_not_triton("linear_attention", q.shape[-1], q, k, v):
-        # the state is D x D per head: the specification itself is linear in memory, so it serves as the PyTorch path
-        return reference.linear_attention(
-            q, k, v, feature_map=feature_map, normalize=normalize, eps=eps, scale=scale, rope=rope, heads=heads,
-            key_mask=key_mask, key_weight=key_weight,
-        )  # fmt: skip
+            return linear_attention(*groups[:3], rope=groups[3], key_mask=key_mask, **settings).reshape(q.shape)
     weight, count = _weights(key_mask, key_weight, k)
     cos, sin, interleaved = (None, None, True) if rope is None else rope.to(q.device)
-    arguments = (q, k, v, weight, count, cos, sin, interleaved, feature_map, normalize, float(eps), float(scale))
-    if torch.compiler.is_compiling():
+    tensors = (q, k, v, weight, count, *alike(cos, sin))
+    arguments = (*tensors, interleaved, *settings.values())
+    differentiable = torch.is_grad_enabled()
+    compiling = torch.compiler.is_compiling()
+    recipe = (suits if compiling else forward_recipe)(*arguments)
+    lacking = heads not in (None, q.shape[2]) or (
+        differentiable and key_weight is not None and key_weight.requires_grad
+    )
+    if lacking or not recipe:
+        # the state is D x D per head: the specification itself is linear in memory, so it serves as the PyTorch path
+        return reference.linear_attention(
+            q, k, v, rope=rope, heads=heads, key_mask=key_mask, key_weight=key_weight, **settings
+        )
+    if compiling:
         return linear_attention_op(*arguments)[0]
-    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return (forward_with_gradients if wanted else forward)(*arguments)[0]
-
-
-def _suits_kernels(v: Tensor, rope: RopeTables | None, key_weight: Tensor | None) -> bool:
-    """Whether the kernels know these: one head dim, a power of two where pairs are half a head apart."""
-    dim = v.shape[-1]
-    if rope is not None and (rope.cos.shape[-1] != dim or (not rope.interleaved and dim & (dim - 1) != 0)):
-        return False
-    return key_weight is None or not (key_weight.requires_grad and torch.is_grad_enabled())
+    if differentiable and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return forward_with_gradients(*arguments, recipe)[0]
+    return forward(*tensors, recipe)[0]
 
 
 def _regrouped(
@@ -105,11 +104,10 @@ def _weights(
     key_mask: Tensor | None, key_weight: Tensor | None, k: Tensor
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Factors of phi(k) `[B, S_k, H_k]` and how many keys each mean is over `[B]`; None where all count alike."""
-    batch, tokens, heads, _ = k.shape
     if key_mask is None:
         if key_weight is None:
             return None, None
-        return key_weight.expand(batch, tokens, heads), k.new_full((batch,), tokens, dtype=torch.float32)
+        return key_weight, k.new_full(k.shape[:1], k.shape[1], dtype=torch.float32)
     count = key_mask.sum(dim=1).clamp(min=1).to(torch.float32)
     weight = key_mask[..., None] if key_weight is None else key_mask[..., None] * key_weight
-    return weight.expand(batch, tokens, heads), count
+    return weight.expand(k.shape[:3]), count

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON, multiprocessors
+from .backend import HAS_TRITON, multiprocessors, why_not_triton
+from .checks import check_linear
 from .eager import differentiable
-from .launch import launch
+from .launch import Launch, Remembered
+from .rotary import RopeTables, alike
 
 if HAS_TRITON:
     from . import linear_triton as triton_kernels
@@ -61,142 +63,226 @@ class Plan(NamedTuple):
     settings: dict[str, Any]
 
 
-@functools.lru_cache(4096)
-def plan(
-    kernel: str, shape: tuple[int, ...], wide: bool, layouts: tuple[tuple[tuple[int, ...], int], ...],
-    device: torch.device, budget: float,
-) -> Plan:  # fmt: skip
-    """Cut `B * H` sequences of `shape` `[B, S, H, D]` in pieces: `budget` bytes may go to one record for each.
+def plan(kernel: str, x: Tensor, *read: Tensor, budget: float = math.inf) -> Plan:
+    """Cut the `B * H` sequences of `x` `[B, S, H, D]` in pieces: `budget` bytes may go to one record for each.
 
     Args:
-        wide: fp32 takes small blocks, its products need room.
-        layouts: strides and offset of each tensor that is read: where rows and heads begin at multiples of 8 channels
-            (with D 40 and 72, too), 8 are read at once.
+        read: what else is read, of the same shape: where rows and heads of all begin at multiples of 8 channels (with
+            D 40 and 72, too), 8 are read at once.
         budget: infinite for kernels that leave no records.
     """
-    batch, tokens, heads, dim = shape
-    aligned = dim % 8 == 0 and all(n % 8 == 0 for strides, offset in layouts for n in (*strides[:-1], offset))
+    batch, tokens, heads, dim = x.shape
+    wide = x.element_size() == 4
+    aligned = dim % 8 == 0 and all(n % 8 == 0 for y in (x, *read) for n in y.stride()[:-1])
     block = next(sizes for most, sizes in BLOCKS[kernel].items() if dim <= most)
-    if wide:
+    if wide:  # products of fp32 need room
         block = block._replace(tokens=16, stages=1, warps=4 if dim <= 64 else 8)
     padded = max(16, 1 << (dim - 1).bit_length())
     tile = padded if padded <= 64 else min(padded, (128 if padded == 128 else 64) // (2 if wide else 1))
     most = budget / (4 * (dim + 2) * dim * batch * heads)
-    wanted = max(1, int(min(block.programs * multiprocessors(device) // (batch * heads), most)))
+    wanted = max(1, int(min(block.programs * multiprocessors(x.device) // (batch * heads), most)))
     chunk = -(-tokens // (wanted * block.tokens)) * block.tokens
     settings = {"D": dim, "BD": padded, "BV": tile, "BS": block.tokens, "STAGES": block.stages}
     settings |= {"ALIGN": 8 if aligned else 1, "num_warps": block.warps}
     return Plan((-(-tokens // chunk), batch * heads, -(-dim // tile)), chunk, settings)
 
 
-def _plan(kernel: str, x: Tensor, *read: Tensor, budget: float = math.inf) -> Plan:
-    layouts = tuple([(y.stride(), y.storage_offset()) for y in (x, *read)])
-    return plan(kernel, x.shape, x.element_size() == 4, layouts, x.device, budget)
-
-
-def _rope(cos: Tensor | None, sin: Tensor | None, interleaved: bool, like: Tensor) -> tuple[Any, ...]:
-    """cos, sin, their strides over batch, tokens, heads (0 where shared), and the kind; `like` stands in for none."""
-    if cos is None or sin is None:
-        return like, like, (0, 0, 0), "none"
-    if sin.stride() != cos.stride() or cos.stride(-1) != 1:
-        cos, sin = cos.contiguous(), sin.contiguous()
+def _rope(cos: Tensor | None, interleaved: bool) -> tuple[tuple[int, ...], str]:
+    """Strides of the tables over batch, tokens, heads (0 where shared), and the kind."""
+    if cos is None:
+        return (0, 0, 0), "none"
     kind = "interleaved" if interleaved else "halves"
     if cos.ndim == 2:
-        return cos, sin, (0, cos.stride(0), 0), kind
+        return (0, cos.stride(0), 0), kind
     batch, tokens, heads, _ = cos.stride()
-    return cos, sin, (batch if cos.shape[0] > 1 else 0, tokens, heads if cos.shape[2] > 1 else 0), kind
+    return (batch if cos.shape[0] > 1 else 0, tokens, heads if cos.shape[2] > 1 else 0), kind
 
 
-def _weight(weight: Tensor | None, count: Tensor | None, like: Tensor) -> tuple[Any, ...]:
-    if weight is None:
-        return like, like, (0, 0, 0), False
-    return weight, count, weight.stride(), True
+def state_pass(
+    k: Tensor, v: Tensor, feature_map: str, *, budget: float, affine: bool, planes: int,
+    weight_strides: tuple[int, ...], table_strides: tuple[int, ...], rope: str,
+) -> tuple[Launch, tuple[int, ...]]:  # fmt: skip
+    """The launch of `state_kernel` on tensors like these, and the shape of its records.
+
+    Args:
+        budget: bytes for the records.
+        planes: how many weights each token has, 0, 1 or 3; `weight_strides` are theirs, that of planes last.
+    """
+    batch, tokens, heads, dim = k.shape
+    grid, chunk, settings = plan("state", k, v, budget=budget)
+    run = Launch(
+        triton_kernels.state_kernel, grid,
+        (tokens, chunk, heads, *k.stride()[:3], *v.stride()[:3], *weight_strides, *table_strides),
+        settings | {"PHI": feature_map, "ROPE": rope, "PLANES": planes, "AFFINE": affine},
+    )  # fmt: skip
+    return run, (batch * heads, grid[0], dim + 2, dim)
+
+
+def suits(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, count: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool, feature_map: str, normalize: str, *_: float,
+) -> bool:  # fmt: skip
+    """Whether the kernels know these arguments of `forward`; ValueError where they do not belong together.
+
+    Pairs that are half a head apart are turned where that is a power of two.
+    """
+    rope = None if cos is None or sin is None else RopeTables(cos, sin, interleaved)
+    check_linear(q, k, v, feature_map, normalize, rope, None, None)
+    dim = q.shape[-1]
+    if v.shape[-1] != dim or 0 in q.shape or (rope is not None and not interleaved and dim & (dim - 1) != 0):
+        return False
+    return why_not_triton("linear_attention", dim, q, k, v) is None
+
+
+def _strides(weight: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if weight is None else (*weight.stride(), 0)
+
+
+class Forward(NamedTuple):
+    """Both passes of `forward` on tensors of one layout, and the records between them, perhaps summed first."""
+
+    state: Launch
+    output: Launch
+    records: tuple[int, ...]
+    summed: bool
+
+
+def _forward_recipe(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, count: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool, feature_map: str, normalize: str, eps: float, scale: float,
+) -> Forward:  # fmt: skip
+    kv_heads = k.shape[2]
+    _, tokens, heads, dim = q.shape
+    table_strides, kind = _rope(cos, interleaved)
+    state, records = state_pass(
+        k, v, feature_map, budget=SCRATCH * 2 * (q.numel() + k.numel()) * q.element_size(), affine=normalize in AFFINE,
+        planes=0 if weight is None else 1, weight_strides=_strides(weight), table_strides=table_strides, rope=kind,
+    )  # fmt: skip
+    summed = records[1] > READ_TOGETHER
+    grid, chunk, settings = plan("output", q)
+    output = Launch(
+        triton_kernels.output_kernel, grid,
+        (tokens, chunk, heads, heads // kv_heads, 1 if summed else records[1], eps, scale,
+         *q.stride()[:3], tokens * heads * dim, heads * dim, dim, *table_strides),
+        settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0},
+    )  # fmt: skip
+    return Forward(state, output, records, summed)
+
+
+# the operator was checked when it was traced
+_known_to_suit = Remembered(_forward_recipe)
+
+
+@Remembered
+def forward_recipe(*arguments: Any) -> Forward | None:
+    """How `forward` runs on arguments like these; None where PyTorch has to compute them."""
+    return _forward_recipe(*arguments) if suits(*arguments) else None
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, count: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, feature_map: str, normalize: str, eps: float, scale: float,
+    sin: Tensor | None, *settings: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output `[B, S, H, D]`, and the records `[B * H_kv, parts, D + 2, D]` in fp32."""
+    """The output `[B, S, H, D]`, and the records `[B * H_kv, parts, D + 2, D]` in fp32; `settings` end in a recipe."""
+    recipe: Forward = settings[-1]
+    if weight is None or count is None:  # what is not there is not read
+        weight = count = q
+    if cos is None or sin is None:
+        cos = sin = q
+    records = torch.empty(recipe.records, dtype=torch.float32, device=q.device)
+    recipe.state(k, v, weight, count, cos, sin, records)
+    if recipe.summed:
+        records = records.sum(1, keepdim=True)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    recipe.output(q, records, cos, sin, out)
+    return out, records
+
+
+class Backward(NamedTuple):
+    """The passes of `backward` on tensors of one layout.
+
+    Attributes:
+        planes: shape of the weights of each query that `state` reads, where `query` leaves no records.
+        records: shape of the gradient's partial records.
+        summed: whether these are added up before `key` reads them.
+    """
+
+    query: Launch
+    state: Launch | None
+    key: Launch
+    planes: tuple[int, ...]
+    records: tuple[int, ...]
+    summed: bool
+
+
+@Remembered
+def _backward_recipe(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, count: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool, feature_map: str, normalize: str, eps: float, scale: float,
+) -> Backward:  # fmt: skip
     batch, length, kv_heads, dim = k.shape
     tokens, heads = q.shape[1:3]
-    cos, sin, table_strides, kind = _rope(cos, sin, interleaved, q)
-    weight, count, weight_strides, weighted = _weight(weight, count, q)
-    budget = SCRATCH * 2 * (q.numel() + k.numel()) * q.element_size()
-    grid, chunk, settings = _plan("state", k, v, budget=budget)
-    parts = grid[0]
-    records = torch.empty((batch * kv_heads, parts, dim + 2, dim), dtype=torch.float32, device=q.device)
-    launch(
-        triton_kernels.state_kernel, grid,
-        (k, v, weight, count, cos, sin, records, length, chunk, kv_heads,
-         *k.stride()[:3], *v.stride()[:3], *weight_strides, 0, *table_strides),
-        settings | {"PHI": feature_map, "ROPE": kind, "PLANES": int(weighted), "AFFINE": normalize in AFFINE},
+    table_strides, kind = _rope(cos, interleaved)
+    affine = normalize in AFFINE
+    budget = SCRATCH * (3 * q.numel() + 4 * k.numel()) * q.element_size()
+    whole = dim <= WHOLE_BACKWARD
+    rows = q.numel() // dim
+    grid, chunk, settings = plan("query_backward", q, grad, budget=budget if whole else math.inf)
+    query = Launch(
+        triton_kernels.query_backward_kernel, (*grid[:2], 1),
+        (tokens, chunk, heads, heads // kv_heads, eps, scale, rows,
+         *q.stride()[:3], *grad.stride()[:3], *table_strides),
+        settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0, "WHOLE": whole},
     )  # fmt: skip
-    if parts > READ_TOGETHER:
-        records, parts = records.sum(1, keepdim=True), 1
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grid, chunk, settings = _plan("output", q)
-    launch(
-        triton_kernels.output_kernel, grid,
-        (q, records, cos, sin, out, tokens, chunk, heads, heads // kv_heads, parts, eps, scale,
-         *q.stride()[:3], *out.stride()[:3], *table_strides),
-        settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0},
+    state, parts = None, grid[0]
+    if not whole:
+        state, (_, parts, *_) = state_pass(
+            q, grad, feature_map, budget=budget, affine=affine, planes=3,
+            weight_strides=(tokens * heads, heads, 1, rows), table_strides=table_strides, rope=kind,
+        )  # fmt: skip
+    # query heads that share a key head lie side by side, so their partial records are one list
+    parts *= heads // kv_heads
+    summed = parts > READ_TOGETHER
+    grid, chunk, settings = plan("key_backward", k, v)
+    key = Launch(
+        triton_kernels.key_backward_kernel, (*grid[:2], 1),
+        (length, chunk, kv_heads, 1 if summed else parts,
+         *k.stride()[:3], *v.stride()[:3], *_strides(weight)[:3], *table_strides),
+        settings | {"PHI": feature_map, "ROPE": kind, "WEIGHTED": weight is not None, "AFFINE": affine},
     )  # fmt: skip
-    return out, records
+    planes = (3 if affine else 2, *q.shape[:3])
+    return Backward(query, state, key, planes, (batch * kv_heads, parts, dim + 2, dim), summed)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, records: Tensor, weight: Tensor | None, count: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, feature_map: str, normalize: str, eps: float,
-    scale: float,
+    scale: float, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
-    batch, length, kv_heads, dim = k.shape
-    tokens, heads = q.shape[1:3]
-    cos, sin, table_strides, kind = _rope(cos, sin, interleaved, q)
-    weight, count, weight_strides, weighted = _weight(weight, count, q)
-    affine = normalize in AFFINE
-    if records.shape[1] > 1:
-        records = records.sum(1, keepdim=True)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
+    recipe = _backward_recipe(grad, q, k, v, weight, count, cos, sin, interleaved, feature_map, normalize, eps, scale)
+    if weight is None or count is None:
+        weight = count = q
+    if cos is None or sin is None:
+        cos = sin = q
+    if records.shape[1] > 1:
+        records = records.sum(1, keepdim=True)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    budget = SCRATCH * (3 * q.numel() + 4 * k.numel()) * q.element_size()
-    whole = dim <= WHOLE_BACKWARD
-    grid, chunk, settings = _plan("query_backward", q, grad, budget=budget if whole else math.inf)
-    shape = (batch * heads, grid[0], dim + 2, dim) if whole else (3 if affine else 2, *q.shape[:3])
-    partial = torch.empty(shape, dtype=torch.float32, device=q.device)
-    launch(
-        triton_kernels.query_backward_kernel, (*grid[:2], 1),
-        (q, grad, records, cos, sin, dq, partial, tokens, chunk, heads, heads // kv_heads, eps, scale,
-         q.numel() // dim, *q.stride()[:3], *grad.stride()[:3], *table_strides),
-        settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0, "WHOLE": whole},
-    )  # fmt: skip
-    if not whole:
-        planes = partial
-        grid, chunk, settings = _plan("state", q, grad, budget=budget)
-        partial = torch.empty((batch * heads, grid[0], dim + 2, dim), dtype=torch.float32, device=q.device)
-        launch(
-            triton_kernels.state_kernel, grid,
-            (q, grad, planes, q, cos, sin, partial, tokens, chunk, heads,
-             *q.stride()[:3], *grad.stride()[:3], *planes.stride()[1:], planes.stride(0), *table_strides),
-            settings | {"PHI": feature_map, "ROPE": kind, "PLANES": 3, "AFFINE": affine},
-        )  # fmt: skip
-    # query heads that share a key head lie side by side, so their partial records are one list
-    parts = grid[0] * (heads // kv_heads)
-    partial = partial.view(batch * kv_heads, parts, dim + 2, dim)
-    if parts > READ_TOGETHER:
-        partial, parts = partial.sum(1, keepdim=True), 1
+    partial = torch.empty(recipe.records, dtype=torch.float32, device=q.device)
+    if recipe.state is None:
+        recipe.query(q, grad, records, cos, sin, dq, partial)
+    else:
+        planes = torch.empty(recipe.planes, dtype=torch.float32, device=q.device)
+        recipe.query(q, grad, records, cos, sin, dq, planes)
+        recipe.state(q, grad, planes, q, cos, sin, partial)
+    if recipe.summed:
+        partial = partial.sum(1, keepdim=True)
     if scale != 1.0:
-        partial[:, :, : dim + 1] *= scale
-    grid, chunk, settings = _plan("key_backward", k, v)
-    launch(
-        triton_kernels.key_backward_kernel, (*grid[:2], 1),
-        (k, v, weight, count, partial, cos, sin, dk, dv, length, chunk, kv_heads, parts,
-         *k.stride()[:3], *v.stride()[:3], *weight_strides, *table_strides),
-        settings | {"PHI": feature_map, "ROPE": kind, "WEIGHTED": weighted, "AFFINE": affine},
-    )  # fmt: skip
+        partial[:, :, :-1] *= scale
+    recipe.key(k, v, weight, count, partial, cos, sin, dk, dv)
     return dq, dk, dv
 
 
@@ -205,7 +291,9 @@ def linear_attention_op(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, count: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, interleaved: bool, feature_map: str, normalize: str, eps: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, records = forward(q, k, v, weight, count, cos, sin, interleaved, feature_map, normalize, eps, scale)
+    cos, sin = alike(cos, sin)
+    recipe = _known_to_suit(q, k, v, weight, count, cos, sin, interleaved, feature_map, normalize, eps, scale)
+    out, records = forward(q, k, v, weight, count, cos, sin, recipe)
     # one record for a head, so that shapes do not depend on the device
     return out, records if records.shape[1] == 1 else records.sum(1, keepdim=True)
 
@@ -226,6 +314,7 @@ def linear_attention_backward_op(
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, feature_map: str, normalize: str, eps: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    cos, sin = alike(cos, sin)
     return backward(grad, q, k, v, records, weight, count, cos, sin, interleaved, feature_map, normalize, eps, scale)
 
 
@@ -247,9 +336,8 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(run: Callable[..., tuple], ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 12
-    return *run(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 9
+    gradients = (None,) * 3 if grad is None else run(grad, *ctx.saved_tensors, *ctx.settings)
+    return *gradients, *(None,) * (4 + len(ctx.settings))
 
 
 linear_attention_op.register_autograd(functools.partial(_backward, linear_attention_backward_op), setup_context=_setup)

@@ -141,6 +141,17 @@ def _column(x):
 
 
 @triton.jit
+def _row_sum(x, weights, dtype: tl.constexpr):
+    """The weighted sum of rows as a column. In fp32 a product would be one chain of additions over all tokens, whose
+    roundings add up where every term is positive."""
+    if dtype == tl.float32:
+        out = _column(tl.sum(x * weights[:, None], 0))
+    else:
+        out = _dot(tl.trans(x.to(dtype)), _column(weights).to(dtype))
+    return out
+
+
+@triton.jit
 def _from_column(x):
     return tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], x, 0.0), 1)
 
@@ -226,7 +237,7 @@ def state_kernel(
             vsum += tl.sum(v.to(tl.float32) * w[:, None], 0)
         cos, sin = _angles(COS, SIN, cs, start, tokens, D, BS, BD, ROPE)
         turned = _turn(phi, cos, sin, BS, BD, ROPE)
-        ksum += _dot(tl.trans(phi.to(v.dtype)), _column(once).to(v.dtype))
+        ksum += _row_sum(phi, once, v.dtype)
         state += _dot(tl.trans(turned.to(v.dtype)), v)
     if PLANES == 0:
         mean = 1.0 / tokens
@@ -380,7 +391,7 @@ def query_backward_kernel(
             turned = _turn(phi, cos, sin, BS, BD, ROPE)
             alpha = tl.where(there, alpha, 0.0)
             dstate += _dot(tl.trans((turned * alpha[:, None]).to(q.dtype)), g)
-            dksum += _dot(tl.trans(phi.to(q.dtype)), _column(tl.where(there, dt, 0.0)).to(q.dtype))
+            dksum += _row_sum(phi, tl.where(there, dt, 0.0), q.dtype)
             if AFFINE:
                 dvsum += tl.sum(g.to(tl.float32) * tl.where(there, beta, 0.0)[:, None], 0)
         else:

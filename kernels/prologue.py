@@ -1,15 +1,13 @@
 """What stands between the projections and the attention: norm of queries and keys, rotation, joining text and image."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .backend import why_not_triton
-from .checks import check_prologue
-from .prologue_launch import _rows, forward, forward_with_gradients, prologue_op
-from .rotary import RopeTables
+from .prologue_launch import forward, forward_launch, forward_with_gradients, prologue_op, suits
+from .rotary import RopeTables, alike
 
 
 def qk_norm_rope(
@@ -45,26 +43,28 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    check_prologue(q, k, v, weights, across_heads, rope, text, text_weights, rope_from)
-    parts = [x for x in (q, k, v, *(text or ())) if x is not None]
-    paired = rope is None or rope.interleaved or q.shape[-1] % 2 == 0
-    used = parts if text else [q, k]
-    if not paired or why_not_triton("qk_norm_rope", q.shape[-1], *used) or not all(map(_rows, used)):
+    alone = text is None or text[2] is None or v is None
+    if not alone and (v.stride() != k.stride() or text[2].stride() != text[1].stride()):  # type: ignore[union-attr,index]
+        k, v, text = k.contiguous(), v.contiguous(), (text[0], text[1].contiguous(), text[2].contiguous())  # type: ignore[union-attr,index]
+    cos, sin, interleaved = (None, None, True) if rope is None else rope.to(q.device)
+    words: tuple[Any, ...] = text or (None, None, None)
+    norms: tuple[Any, ...] = weights or (None, None)
+    tables = alike(cos, sin)
+    turning = 0 if rope is None else rope.cos.shape[0 if rope.cos.ndim == 2 else 1]
+    settings = (interleaved, None if eps is None else float(eps), across_heads, text_first, rope_from, turning)
+    compiling = torch.compiler.is_compiling()
+    fits: Any = suits if compiling else forward_launch
+    run = fits(q, k, v, *words, *norms, *(text_weights or (None, None)), *tables, *settings)
+    if not run:
         return reference.qk_norm_rope(
             q, k, v, eps=eps, weights=weights, across_heads=across_heads, rope=rope, text=text,
             text_weights=text_weights, text_first=text_first, rope_from=rope_from,
         )  # fmt: skip
-    if text is not None and v is not None and (v.stride() != k.stride() or text[2].stride() != text[1].stride()):  # type: ignore[union-attr]
-        v, text = v.contiguous(), (text[0], text[1].contiguous(), text[2].contiguous())  # type: ignore[union-attr]
-        k = k.contiguous()
-    cos, sin, interleaved = (None, None, True) if rope is None else rope.to(q.device)
-    weights, words = weights or (None, None), text or (None, None, None)  # type: ignore[assignment]
-    tensors = (q, k, v if text else None, *words, *weights, *(text_weights or weights), cos, sin)  # type: ignore[misc]
-    turning = 0 if rope is None else rope.cos.shape[0 if rope.cos.ndim == 2 else 1]
-    if torch.compiler.is_compiling():
-        run: Callable = prologue_op
+    tensors = (q, k, v if text else None, *words, *norms, *(text_weights or norms), *tables)
+    if compiling:
+        out_q, out_k, out_v = prologue_op(*tensors, *settings)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        out_q, out_k, out_v = forward_with_gradients(*tensors, *settings, run)
     else:
-        wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        run = forward_with_gradients if wanted else forward
-    out_q, out_k, out_v = run(*tensors, interleaved, eps, across_heads, text_first, rope_from, turning)
+        out_q, out_k, out_v = forward(*tensors, run)
     return out_q, out_k, v if tensors[2] is None else out_v

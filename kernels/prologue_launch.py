@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON, multiprocessors
+from .backend import HAS_TRITON, multiprocessors, why_not_triton
+from .checks import check_prologue
 from .eager import differentiable
-from .launch import launch
+from .launch import Launch, Remembered
+from .rotary import RopeTables, alike
 
 if HAS_TRITON:
     from . import prologue_triton as triton_kernels
@@ -41,42 +43,100 @@ def _settings(
     }  # fmt: skip
 
 
-def _tables(cos: Tensor | None, sin: Tensor | None, like: Tensor) -> tuple[Any, ...]:
-    """cos, sin and their strides over batch, tokens and heads (0 where shared); `like` stands in for none."""
-    if cos is None or sin is None:
-        return like, like, (0, 0, 0)
-    if sin.stride() != cos.stride() or cos.stride(-1) != 1:
-        cos, sin = cos.contiguous(), sin.contiguous()
+def _table_strides(cos: Tensor | None) -> tuple[int, int, int]:
+    """Over batch, tokens and heads; 0 where shared."""
+    if cos is None:
+        return 0, 0, 0
     if cos.ndim == 2:
-        return cos, sin, (0, cos.stride(0), 0)
+        return 0, cos.stride(0), 0
     batch, tokens, heads, _ = cos.stride()
-    return cos, sin, (batch if cos.shape[0] > 1 else 0, tokens, heads)
+    return batch if cos.shape[0] > 1 else 0, tokens, heads
+
+
+def suits(
+    q: Tensor, k: Tensor, v: Tensor | None, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, text_q_weight: Tensor | None, text_k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
+    text_first: bool, turn_first: int, turn_tokens: int,
+) -> bool:  # fmt: skip
+    """Whether the kernels know these arguments of `forward`; ValueError where they do not belong together."""
+    text = None if text_q is None or text_k is None else (text_q, text_k, text_v)
+    weights = None if q_weight is None or k_weight is None else (q_weight, k_weight)
+    text_weights = None if text_q_weight is None or text_k_weight is None else (text_q_weight, text_k_weight)
+    rope = None if cos is None or sin is None else RopeTables(cos, sin, interleaved)
+    check_prologue(q, k, v, weights, across_heads, rope, text, text_weights, turn_first)
+    used = [x for x in (q, k, v, *text) if x is not None] if text else [q, k]
+    paired = rope is None or interleaved or q.shape[-1] % 2 == 0
+    return paired and why_not_triton("qk_norm_rope", q.shape[-1], *used) is None and all(map(_rows, used))
+
+
+def _forward_launch(
+    q: Tensor, k: Tensor, v: Tensor | None, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, text_q_weight: Tensor | None, text_k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
+    text_first: bool, turn_first: int, turn_tokens: int,
+) -> Launch:  # fmt: skip
+    batch, image, heads, _ = q.shape
+    text = 0 if text_q is None else text_q.shape[1]
+    words = (q, k) if text_q is None or text_k is None else (text_q, text_k)
+    return Launch(
+        triton_kernels.prologue_kernel, (text + image, batch, 1),
+        (image, text, heads, k.shape[2], text if text_first else 0, 0 if text_first else image,
+         turn_first, turn_tokens, 0.0 if eps is None else eps,
+         *(n for x in (q, k, *words) for n in x.stride()[:2]), *_table_strides(cos)),
+        _settings(q, q_weight, cos, interleaved, eps, across_heads) | {"VALUES": text_v is not None},
+    )  # fmt: skip
+
+
+# the operator was checked when it was traced
+_known_to_suit = Remembered(_forward_launch)
+
+
+@Remembered
+def forward_launch(*arguments: Any) -> Launch | None:
+    """How `forward` runs on arguments like these; None where PyTorch has to compute them."""
+    return _forward_launch(*arguments) if suits(*arguments) else None
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor | None, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
     q_weight: Tensor | None, k_weight: Tensor | None, text_q_weight: Tensor | None, text_k_weight: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
-    text_first: bool, turn_first: int, turn_tokens: int,
+    cos: Tensor | None, sin: Tensor | None, *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k and v of the whole sequence; v is empty where none was given."""
-    batch, image, heads, dim = q.shape
-    text = 0 if text_q is None else text_q.shape[1]
-    settings = _settings(q, q_weight, cos, interleaved, eps, across_heads)
-    cos, sin, table_strides = _tables(cos, sin, q)
-    out_q, out_k = (torch.empty((batch, text + image, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in (q, k))
+    """q, k and v of the whole sequence; v is empty where none was given; `settings` end in a launch."""
+    run: Launch = settings[-1]
+    tokens = q.shape[1] if text_q is None else q.shape[1] + text_q.shape[1]
+    out_q, out_k = (torch.empty((x.shape[0], tokens, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in (q, k))
     out_v = torch.empty_like(out_k) if v is not None else q.new_empty(0)
-    words: tuple[Any, ...] = (q, k, q) if text_q is None else (text_q, text_k, text_v)
-    weights = [w if w is not None else q for w in (q_weight, k_weight, text_q_weight, text_k_weight)]
-    launch(
-        triton_kernels.prologue_kernel, (text + image, batch, 1),
-        (q, k, q if v is None else v, words[0], words[1], q if v is None else words[2], *weights, cos, sin,
-        out_q, out_k, out_v, image, text, heads, k.shape[2], text if text_first else 0, 0 if text_first else image,
-        turn_first, turn_tokens, 0.0 if eps is None else eps,
-        *_strides(q), *_strides(k), *_strides(words[0]), *_strides(words[1]), *table_strides),
-        settings | {"VALUES": v is not None},
-    )  # fmt: skip
+    given = (q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight, cos, sin)
+    run(*[q if x is None else x for x in given], out_q, out_k, out_v)
     return out_q, out_k, out_v
+
+
+class Backward(NamedTuple):
+    """The gradients' launch, and the shape of the weights' partial gradients, None where there are no weights."""
+
+    run: Launch
+    partial: tuple[int, ...] | None
+
+
+@Remembered
+def _backward_launch(
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
+    at: int, turn_first: int, turn_tokens: int,
+) -> Backward:  # fmt: skip
+    batch, tokens, heads, dim = q.shape
+    settings = _settings(q, q_weight, cos, interleaved, eps, across_heads)
+    chunk = -(-tokens * batch // (BACKWARD_PROGRAMS * multiprocessors(q.device)))
+    parts = -(-tokens // chunk)
+    run = Launch(
+        triton_kernels.prologue_backward_kernel, (parts, batch, 1),
+        (tokens, chunk, heads, k.shape[2], at, turn_first, turn_tokens, 0.0 if eps is None else eps,
+         *(n for x in (q, k, grad_q, grad_k) for n in x.stride()[:2]), *_table_strides(cos)),
+        settings | {"STAGES": 2},
+    )  # fmt: skip
+    return Backward(run, (batch * parts, 2, heads, dim) if settings["WEIGHT"] else None)
 
 
 def backward(
@@ -85,22 +145,15 @@ def backward(
     at: int, turn_first: int, turn_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and their weights, for the text or the image, which begins at `at` in the joint sequence."""
-    batch, tokens, heads, dim = q.shape
-    settings = _settings(q, q_weight, cos, interleaved, eps, across_heads)
-    cos, sin, table_strides = _tables(cos, sin, q)
+    cos, sin = alike(cos, sin)
+    recipe = _backward_launch(
+        grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, interleaved, eps, across_heads, at, turn_first, turn_tokens
+    )
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    chunk = -(-tokens * batch // (BACKWARD_PROGRAMS * multiprocessors(q.device)))
-    parts = -(-tokens // chunk)
-    partial = torch.zeros((batch * parts, 2, heads, dim) if settings["WEIGHT"] else (0,), device=q.device)
-    weights = [w if w is not None else q for w in (q_weight, k_weight)]
-    launch(
-        triton_kernels.prologue_backward_kernel, (parts, batch, 1),
-        (q, k, *weights, grad_q, grad_k, cos, sin, dq, dk, partial,
-        tokens, chunk, heads, k.shape[2], at, turn_first, turn_tokens, 0.0 if eps is None else eps,
-        *_strides(q), *_strides(k), *_strides(grad_q), *_strides(grad_k), *table_strides),
-        settings | {"STAGES": 2},
-    )  # fmt: skip
-    if not settings["WEIGHT"]:
+    partial = torch.zeros(recipe.partial or (0,), device=q.device)
+    weights = [q if x is None else x for x in (q_weight, k_weight, cos, sin)]
+    recipe.run(q, k, *weights[:2], grad_q, grad_k, *weights[2:], dq, dk, partial)
+    if recipe.partial is None:
         return dq, dk, q.new_empty(0), q.new_empty(0)
     total = partial.sum(0) if across_heads else partial.sum((0, 2))
     dqw, dkw = total[0].flatten().to(q.dtype), total[1].flatten()[: k_weight.numel()].to(q.dtype)  # type: ignore
@@ -114,10 +167,11 @@ def prologue_op(
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
     text_first: bool, turn_first: int, turn_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return forward(
-        q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight, cos, sin, interleaved, eps,
-        across_heads, text_first, turn_first, turn_tokens,
+    tensors = (
+        q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight, *alike(cos, sin),
     )  # fmt: skip
+    run = _known_to_suit(*tensors, interleaved, eps, across_heads, text_first, turn_first, turn_tokens)
+    return forward(*tensors, run)
 
 
 @prologue_op.register_fake
@@ -159,11 +213,11 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, interleaved, eps, across, ctx.text_first, first, tokens = inputs
-    q, k, v, text_q, text_k, text_v, *rest = tensors
-    ctx.save_for_backward(q, k, text_q, text_k, *rest)
-    ctx.settings = (interleaved, eps, across)
+    q, k, v, text_q, text_k, text_v, *weights_and_tables = inputs[:12]
+    ctx.save_for_backward(q, k, text_q, text_k, *weights_and_tables)
+    *ctx.settings, ctx.text_first, first, tokens = inputs[12:18]
     ctx.turns = (first, tokens)
+    ctx.others = len(inputs) - 10
     ctx.has_values = v is not None
 
 
@@ -183,7 +237,7 @@ def _backward(
     dtq, dtk, dtqw, dtkw = part(text_q, text_k, tqw, tkw, text_at) if text else (None,) * 4
     dv = grad_v[:, image_at : image_at + image] if ctx.has_values else None
     dtv = grad_v[:, text_at : text_at + text] if ctx.has_values and text else None
-    return dq, dk, dv, dtq, dtk, dtv, dqw, dkw, dtqw, dtkw, *(None,) * 8
+    return dq, dk, dv, dtq, dtk, dtv, dqw, dkw, dtqw, dtkw, *(None,) * ctx.others
 
 
 def _rows(x: Tensor) -> bool:

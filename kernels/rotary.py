@@ -45,6 +45,13 @@ class RopeTables(NamedTuple):
         return cos, sin
 
 
+def alike(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Tables as kernels read them: both with the same strides, channels side by side."""
+    if cos is None or sin is None or (sin.stride() == cos.stride() and cos.stride(-1) == 1):
+        return cos, sin
+    return cos.contiguous(), sin.contiguous()
+
+
 def _fitting(x: Tensor) -> tuple[tuple[int, ...], ...]:
     """What each axis of expanded tables may be for `x` `[B, S, H, D]`."""
     batch, tokens, heads, dim = x.shape

@@ -205,6 +205,8 @@ class AttnCall:
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Text part and image part of `x` `[B, S, ...]`, as views."""
+        if self.text == 0:
+            return x[:, :0], x
         if self.text_first:
             return x[:, : self.text], x[:, self.text :]
         image = x.shape[1] - self.text

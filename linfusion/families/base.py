@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -32,6 +33,11 @@ class Processor:
     # diffusers writes these two where a processor has them
     _attention_backend: Any = None
     _parallel_config: Any = None
+
+    def __init_subclass__(cls) -> None:
+        # hosts ask for it at every call, and working it out takes longer than attention
+        if "__call__" in vars(cls):
+            cls.__call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
 
     def mechanism(self, attn: HostLayer, mask: Tensor | None) -> Mechanism:
         """The layer's mechanism, after the checks that can only be made when it is called."""
@@ -134,7 +140,8 @@ class Processor:
         if encoder_hidden_states is not None:
             raise ValueError(f"{mechanism.site.name} was called as cross-attention, which linfusion does not replace.")
         out, _ = self.attend(mechanism, attn, hidden_states, rope=rope, mask=mask)
-        return attn.to_out[1](attn.to_out[0](out))
+        linear, dropout = attn.to_out
+        return dropout(linear(out))
 
     def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """The host's own attention."""
@@ -183,10 +190,11 @@ class DispatchProcessor(Processor):
         return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
 
 
-def prepared_mask(attn: HostLayer, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+def prepared_mask(attn: HostLayer, mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
     """A mask as `Attention`'s plain processors make it ready: `[B, H, 1 or S, S]`."""
     if mask is None:
         return None
+    batch, tokens = hidden_states.shape[:2]
     mask = attn.prepare_attention_mask(mask, tokens, batch)
     return mask.view(batch, attn.heads, -1, mask.shape[-1])
 
@@ -315,4 +323,4 @@ def argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> A
 
 def to_heads(x: Tensor, head_dim: int) -> Tensor:
     """`[B, S, H * D]` to `[B, S, H, D]`; the head count is left open, since tensor parallelism shards it."""
-    return x.unflatten(-1, (-1, head_dim))
+    return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)

@@ -28,7 +28,7 @@ class CogVideoXProcessor(Processor):
     ) -> tuple[Tensor, Tensor]:
         mechanism = self.mechanism(attn, attention_mask)
         whole = self.join(encoder_hidden_states, hidden_states)
-        mask = prepared_mask(attn, attention_mask, *whole.shape[:2])
+        mask = prepared_mask(attn, attention_mask, whole)
         out, _ = self.attend(mechanism, attn, whole, rope=flux_rope(image_rotary_emb, covers_text=False), mask=mask)
         out, text = attn.to_out[1](attn.to_out[0](out)), encoder_hidden_states.shape[1]
         return out[:, text:], out[:, :text]

@@ -28,7 +28,7 @@ class SpatialProcessor(Processor):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        mask = prepared_mask(attn, attention_mask, *hidden_states.shape[:2])
+        mask = prepared_mask(attn, attention_mask, hidden_states)
         return self.attend_alone(attn, hidden_states, encoder_hidden_states, mask)
 
 
@@ -44,7 +44,7 @@ class HunyuanDiTProcessor(Processor):
         temb: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        mask = prepared_mask(attn, attention_mask, *hidden_states.shape[:2])
+        mask = prepared_mask(attn, attention_mask, hidden_states)
         return self.attend_alone(attn, hidden_states, encoder_hidden_states, mask, flux_rope(image_rotary_emb))
 
 

@@ -50,7 +50,7 @@ class LTXProcessor(VideoProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        mask = prepared_mask(attn, attention_mask, *hidden_states.shape[:2])
+        mask = prepared_mask(attn, attention_mask, hidden_states)
         rope = None
         if image_rotary_emb is not None:
             rope = ltx_rope(image_rotary_emb, attn.inner_dim // attn.heads)

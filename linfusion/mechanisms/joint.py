@@ -25,8 +25,9 @@ def attend(call: AttnCall, text: str, **settings: Any) -> Tensor:
             The same where a host has no text in its sequence.
         settings: of `linear_attention`.
     """
-    q, k = (x.to(call.v.dtype) for x in call.normalised())  # under autocast norms may answer in fp32
-    if text == "linear":
+    q, k = call.normalised()
+    q, k = q.to(call.v.dtype), k.to(call.v.dtype)  # under autocast norms may answer in fp32
+    if text == "linear" or call.text == 0:
         return linear_attention(q, k, call.v, rope=call.tables(), key_mask=call.real_tokens(), **settings)
     (_, q), (_, k), (_, v) = call.split(q), call.split(k), call.split(call.v)
     return mix_text(call, linear_attention(q, k, v, rope=call.image_tables(), **settings))

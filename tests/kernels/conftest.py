@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from linfusion.kernels.launch import Launch, forget
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
@@ -15,6 +17,27 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(real_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(real_empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(real_new_empty(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def forgetful():
+    """Tests change block sizes, which launches remember."""
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Which kernels ran, by name."""
+    names, run = [], Launch.__call__
+
+    def listed(self, *tensors):
+        names.append(self.kernel.fn.__name__)
+        run(self, *tensors)
+
+    monkeypatch.setattr(Launch, "__call__", listed)
+    return names
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 
 from linfusion.kernels import depthwise_conv, depthwise_launch, reference
 from linfusion.kernels.backend import interpreted, without_triton
+from linfusion.kernels.launch import forget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
@@ -29,20 +30,6 @@ def few_operations(monkeypatch):
     if DEVICE == "cpu":
         tiles = {n: {k: t._replace(channels=128, columns=2) for k, t in by.items()} for n, by in REAL.items()}
         monkeypatch.setattr(depthwise_launch, "TILES", tiles)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Which kernels ran, by name."""
-    names, kernels = [], depthwise_launch.triton_kernels
-
-    class Spy:
-        def __getattr__(self, name):
-            names.append(name)
-            return getattr(kernels, name)
-
-    monkeypatch.setattr(depthwise_launch, "triton_kernels", Spy())
-    return names
 
 
 @pytest.fixture
@@ -117,6 +104,7 @@ def test_cut_into_pieces(assert_accurate, many_programs, monkeypatch, grid, size
     assert all(torch.equal(again[n], got[n]) for n in got)
     # the pieces do not show in the values
     monkeypatch.setattr(depthwise_launch, "cut", lambda height, *_: height)
+    forget()
     assert torch.equal(depthwise_conv(grid=grid, **given), got["out"])  # by the operator and without
 
 

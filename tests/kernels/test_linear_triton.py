@@ -5,11 +5,13 @@ import torch
 
 from linfusion.kernels import RopeTables, linear_attention, reference
 from linfusion.kernels.backend import interpreted, without_triton
+from linfusion.kernels.launch import forget
 from linfusion.kernels.linear_launch import linear_attention_op
 
 from .test_linear import tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = {"state_kernel", "output_kernel", "query_backward_kernel", "key_backward_kernel"}
 HALF = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]  # the interpreter spoils bf16 products
 
 
@@ -42,7 +44,8 @@ def compare(assert_accurate, q, k, v, launched, **settings):
             x.requires_grad_()
         out = function(*inputs, **given)
         results.append((out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))))
-    assert launched(), "the kernels did not run"
+    assert set(launched) == KERNELS
+    launched.clear()
     for name, *values in zip(("out", "dq", "dk", "dv"), *results, strict=True):
         assert_accurate(name, *values)
 
@@ -75,27 +78,6 @@ def plain(q, k, v, *, eps=1e-6, scale=1.0, feature_map="elu1", normalize="divide
     elif normalize == "mala":
         out = (1 + 1 / (total + eps)) * out - total * mean
     return out
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Tells whether the kernels have been launched since it was last asked."""
-    from linfusion.kernels import linear_triton
-
-    calls = []
-    for name in ("state_kernel", "output_kernel", "query_backward_kernel", "key_backward_kernel"):
-        kernel = getattr(linear_triton, name)
-
-        class Counted:
-            def __init__(self, kernel, name):
-                self.kernel, self.name, self.arg_names = kernel, name, kernel.arg_names
-
-            def __getitem__(self, grid):
-                calls.append(self.name)
-                return self.kernel[grid]
-
-        monkeypatch.setattr(linear_triton, name, Counted(kernel, name))
-    return lambda: len(set(calls)) == 4
 
 
 def random(*shape, dtype=torch.float32):
@@ -149,13 +131,12 @@ def test_strided_inputs_and_many_pieces(assert_accurate, launched, monkeypatch):
 
     monkeypatch.setattr(linear_launch, "multiprocessors", lambda device: 8)
     monkeypatch.setattr(linear_launch, "SCRATCH", 100.0)
-    linear_launch.plan.cache_clear()
     whole = random(2, 400, 3, 2, 32)
     q, k, v = (whole[:, 10:390, i] for i in range(3))
     compare(assert_accurate, q, k, v, launched)  # several partial records a head, summed first
     monkeypatch.setattr(linear_launch, "READ_TOGETHER", 64)
+    forget()
     compare(assert_accurate, q, k, v, launched)  # and added up by their readers
-    linear_launch.plan.cache_clear()
 
 
 def test_regrouped_heads(assert_accurate, launched):
@@ -173,7 +154,24 @@ def test_no_gradient_needs_no_operator(launched):
     with without_triton():
         want = linear_attention(q, k, v)
     torch.testing.assert_close(linear_attention(q, k, v), want, rtol=1e-5, atol=1e-5)
-    assert not launched()  # two of the four
+    assert launched == ["state_kernel", "output_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_pointers_of_any_alignment(dtype):
+    """The second call has the first one's shapes, but begins an odd number of elements later."""
+    whole = random(3 * 40 * 2 * 32 + 1, dtype=dtype)
+    for at in (0, 1):
+        q, k, v = whole[at : at + 3 * 40 * 2 * 32].view(3, 1, 40, 2, 32)
+        torch.testing.assert_close(linear_attention(q, k, v), linear_attention(q.clone(), k.clone(), v.clone()))
+
+
+@pytest.mark.parametrize(("shape", "v_dim"), [((2, 20, 2, 16), 32), ((0, 20, 2, 16), 16), ((2, 0, 2, 16), 16)])
+def test_what_the_kernels_do_not_know(shape, v_dim, launched):
+    """Values of another width, and nothing at all."""
+    q, k, v = random(*shape), random(*shape), random(*shape[:3], v_dim)
+    assert linear_attention(q, k, v).shape == v.shape
+    assert not launched
 
 
 def test_operator():
