@@ -67,4 +67,4 @@ def qk_norm_rope(
         out_q, out_k, out_v = forward_with_gradients(*tensors, *settings, run)
     else:
         out_q, out_k, out_v = forward(*tensors, run)
-    return out_q, out_k, out_v if text else v
+    return out_q, out_k, v if tensors[2] is None else out_v

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, Factors, read_adapter, swap_host
 from .call import Clock, Layout, Site, Stream
 from .families import Family, family_of
-from .families.base import Processor, backend_name, check_fused, is_default_backend
+from .families.base import Processor, backend_name, check_fused, is_default, is_default_backend
 from .mechanisms import Mechanism, MechanismConfig
 from .offload import without_sequential_offload
 
@@ -101,10 +101,8 @@ def apply_adapter(
     models = denoisers(pipe_or_model)
     if adapter is not None and len(models) > 1:
         raise ValueError("Weights belong to one model; apply them to it: linfusion.apply(pipe.transformer, ...).")
-    plans = [(model, _plan(model, mechanism, layers)) for model in models]
+    plans = [(model, _plan(model, mechanism, layers, fuse_prologue)) for model in models]
     for model, record in plans:
-        for entry in record.entries.values():
-            entry.mechanism.fuse_prologue = fuse_prologue
         if adapter is not None:
             adapter.check(model, {name: e.mechanism for name, e in record.entries.items()})
     added = any(_has_parameters(record) for _, record in plans) or bool(adapter and (adapter.host or adapter.low_rank))
@@ -143,18 +141,20 @@ def applied(pipe_or_model: Host, mechanism: Choice, **settings: Any) -> Iterator
         restore(pipe_or_model)
 
 
-def attn_processors(model: Any, mechanism: Choice, *, layers: Layers = None) -> dict[str, Any]:
+def attn_processors(
+    model: Any, mechanism: Choice, *, layers: Layers = None, fuse_prologue: bool = True
+) -> dict[str, Any]:
     """Processors for diffusers' own call: `unet.set_attn_processor(attn_processors(unet, LinFusion()))`.
 
     The mechanisms' modules and hooks are attached here, since processors hold no parameters; `restore(model)` removes
-    them, also after the host's own processors have been set again.
+    them, also after the host's own processors have been set again. `layers` and `fuse_prologue` as in `apply`.
 
     Returns:
         A processor for every attention layer, keyed as `model.attn_processors` is.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_processor"):
         raise ValueError(f"{type(model).__name__} has no set_attn_processor; use linfusion.apply.")
-    record = _plan(model, mechanism, layers)
+    record = _plan(model, mechanism, layers, fuse_prologue)
     with without_sequential_offload(model, [model], _has_parameters(record) or _has_originals([model])):
         _replace(model, record, None, set_processors=False)
     processors: Any = model.attn_processors
@@ -184,8 +184,10 @@ def record_of(model: nn.Module) -> Record | None:
     return model.__dict__.get(RECORD)
 
 
-def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
+def _plan(model: nn.Module, mechanism: Choice, layers: Layers, fuse_prologue: bool) -> Record:
     """Build every mechanism and check all that can be known; touches nothing."""
+    if not isinstance(fuse_prologue, bool):
+        raise ValueError(f"fuse_prologue must be true or false, got {fuse_prologue!r}.")
     family = family_of(model)
     parallel = getattr(model, "_parallel_config", None)
     if getattr(parallel, "context_parallel_config", None) is not None:
@@ -214,8 +216,9 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
         original = attn.processor
         if previous is not None and name in previous.entries:
             original = previous.entries[name].original
-        entry = record.entries[name] = _entry(family, record.sites[name][0], attn, chosen[name], original)
+        entry = record.entries[name] = _entry(family, site, model, attn, chosen[name], original)
         entry.mechanism.layout, entry.mechanism.clock = state.layout, record.clock
+        entry.mechanism.fuse_prologue = fuse_prologue
         state.needs |= entry.mechanism.needs
         state.layers.append((name, attn))
         if "stream" in entry.mechanism.needs:
@@ -233,7 +236,9 @@ def _plan(model: nn.Module, mechanism: Choice, layers: Layers) -> Record:
     return record
 
 
-def _entry(family: Family, site: Site, attn: nn.Module, config: MechanismConfig, original: Any) -> Entry:
+def _entry(
+    family: Family, site: Site, model: nn.Module, attn: nn.Module, config: MechanismConfig, original: Any
+) -> Entry:
     if type(original).__name__ not in family.stock:
         fused = getattr(attn, "fused_projections", False)
         raise NotImplementedError(
@@ -253,19 +258,25 @@ def _entry(family: Family, site: Site, attn: nn.Module, config: MechanismConfig,
     processor = family.processor_of(attn)
     if backend is not None:
         processor._attention_backend = backend
-    device, dtype = _placement(attn)
+    device, dtype = _placement(model, attn)
     if device.type != "meta":
         mechanism.to(device)
     return Entry(mechanism.to(dtype).train(attn.training), processor, original)
 
 
-def _placement(attn: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the layer computes; quantised and 8-bit weights say nothing about the dtype, norms and biases do."""
+def _placement(model: nn.Module, attn: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the layer computes; quantised and 8-bit weights say nothing about the dtype, norms and biases do.
+
+    Where a layer has neither, diffusers knows what it casts 8-bit weights to (`enable_layerwise_casting`).
+    """
     parameters = list(attn.parameters())
     for p in parameters:
         if p.is_floating_point() and p.dtype.itemsize >= 2:
             return p.device, p.dtype
-    return (parameters[0].device if parameters else torch.device("cpu")), torch.float32
+    dtype: Any = getattr(model, "dtype", None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        dtype = torch.float32
+    return parameters[0].device if parameters else torch.device("cpu"), dtype
 
 
 def _choose(names: list[str], mechanism: Choice, layers: Layers) -> dict[str, MechanismConfig]:
@@ -412,10 +423,11 @@ def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if not torch.compiler.is_compiling():
         for name, attn in state.layers:
             over = type(attn.processor)
-            if not issubclass(over, Processor) and over.__name__ not in state.stock:
+            if not issubclass(over, Processor) and not (over.__name__ in state.stock and is_default(over)):
+                cure = "Apply again" if over.__name__ in state.stock else "Apply to layers without it"
                 raise RuntimeError(
                     f"A {over.__name__} was set over {type(attn.linfusion.config).__name__} on {name}, which would "
-                    "silently have no effect. Apply to layers without it, or linfusion.restore."
+                    f"silently have no effect. {cure}, or linfusion.restore."
                 )
     layout = state.read(host, args, kwargs, state.needs)
     shared = state.layout

@@ -15,6 +15,7 @@ from .kernels.backend import why_not_triton
 from .kernels.checks import repeat_heads
 
 QKV = tuple[Tensor, Tensor, Tensor]
+Parts = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class AttnCall:
             return tables
         return tables.slice(self.text, tokens) if self.text_first else tables.slice(0, tokens - self.text)
 
-    def _parts(self) -> tuple[QKV, QKV | None]:
+    def _parts(self) -> tuple[Parts, Parts | None]:
         """q, k and v of the image, or of the whole sequence; and those of text that is not joined yet."""
         return (self.q, self.k, self.v), None
 
@@ -250,7 +251,8 @@ class AttnCall:
         if self.prologue is None:
             return None
         image, words = self._parts()
-        if why_not_triton("qk_norm_rope", image[0].shape[-1], *image, *(words or ())) is not None:
+        used = [x for x in (*image, *(words or ())) if x is not None]
+        if why_not_triton("qk_norm_rope", used[0].shape[-1], *used) is not None:
             self.prologue = None
             return None
         rope = self.rope if rotate else None
@@ -307,5 +309,7 @@ class ApartCall(AttnCall):
         super().__init__(*image, text=words[0].shape[1], **settings)
         self.whole.clear()
 
-    def _parts(self) -> tuple[QKV, QKV | None]:
+    def _parts(self) -> tuple[Parts, Parts | None]:
+        if 2 in self.whole:  # v is joined already
+            return (*self.image[:2], None), (*self.words[:2], None)
         return self.image, self.words

@@ -106,12 +106,13 @@ def _lora_factors(model: nn.Module, lora: str) -> dict[str, Factors]:
     return found
 
 
-def load(pipe_or_model: Any, source: str | Path) -> Any:
+def load(pipe_or_model: Any, source: str | Path, *, fuse_prologue: bool = True) -> Any:
     """Apply a saved adapter: rebuilds its mechanism from `config.json`, loads its tensors.
 
     Args:
         pipe_or_model: of the class that it was saved for.
         source: a folder, or a Hub id.
+        fuse_prologue: as in `apply`.
 
     Returns:
         `pipe_or_model`, changed in place.
@@ -130,5 +131,5 @@ def load(pipe_or_model: Any, source: str | Path) -> Any:
             f"{adapter.source} was saved for a {adapter.model} with a layer {unknown[0]!r}, which this one lacks."
         )
     target = pipe_or_model if len(denoisers(pipe_or_model)) == 1 else models[0]
-    apply_adapter(target, adapter.layers, None, adapter)
+    apply_adapter(target, adapter.layers, None, adapter, fuse_prologue)
     return pipe_or_model

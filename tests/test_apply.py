@@ -441,6 +441,11 @@ def test_context_parallelism_is_refused(model, before):
             processor._parallel_config = SimpleNamespace(context_parallel_config=object())
     with pytest.raises(NotImplementedError, match="context parallelism"):
         forward(model, before.inputs)
+    lf.restore(model)
+    for processor in processors(model).values():
+        if hasattr(processor, "_parallel_config"):
+            processor._parallel_config = None
+    before.check(model)
 
 
 @pytest.mark.parametrize("name", ["unet-sd15", "flux"])

@@ -400,6 +400,7 @@ MISTAKES = {
     ),
     "setting-alone": ([OK, "--radius", "8"], "--radius is a setting of a mechanism: add --mechanism"),
     "compare-with-nothing": ([OK, "--compare"], "--compare needs something to compare with"),
+    "norms-alone": ([OK, "--no-fuse-prologue"], "--no-fuse-prologue goes with --mechanism or --adapter"),
     "untrained-alone": ([OK, "--untrained"], "--untrained goes with --adapter"),
     "adapter-and-mechanism": ([OK, "--adapter", "a", "--mechanism", "softmax"], "one or the other"),
     "unknown-adapter": ([OK, "--adapter", "missing"], "missing is no folder here"),
@@ -435,6 +436,22 @@ def test_one_line_for_each_mistake(run, tmp_path, flux, name):
     assert len(lines) == 1 and lines[0].startswith("linfusion: error: "), err
     assert re.search(says, lines[0]), lines[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "picture.png"]  # no half picture
+
+
+@pytest.mark.parametrize("door", ["mechanism", "adapter", "untrained"])
+def test_norms_may_stay_the_hosts(run, monkeypatch, tmp_path, flux, door):
+    from linfusion.mechanisms import Mechanism
+
+    lf.save(lf.apply(TINY["flux"].build(), lf.Softmax()), tmp_path / "a")
+    arguments = {"mechanism": ["--mechanism", "softmax"], "adapter": ["--adapter", "a"]}
+    arguments["untrained"] = [*arguments["adapter"], "--untrained"]
+    seen = set()
+    real = Mechanism.__call__
+    monkeypatch.setattr(Mechanism, "__call__", lambda m, *a: seen.add(m.fuse_prologue) or real(m, *a))
+    for more, want in (([], {True}), (["--no-fuse-prologue"], {False})):
+        seen.clear()
+        code, _, err = run(*draw(flux, *arguments[door], *more))
+        assert code == 0 and seen == want, err
 
 
 def test_a_mistake_that_only_the_grid_shows(run, flux):

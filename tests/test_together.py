@@ -4,6 +4,8 @@ import pytest
 import torch
 from diffusers import (
     FirstBlockCacheConfig,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
     LCMScheduler,
     PyramidAttentionBroadcastConfig,
     StableDiffusionImg2ImgPipeline,
@@ -27,6 +29,13 @@ def config(request):
 @pytest.fixture
 def pipe():
     pipe = stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def emoji():
+    pipe = lf.demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -73,6 +82,59 @@ def test_other_tasks(pipe, config, task):
             assert torch.equal(draw(other, **settings), changed)
 
 
+@pytest.mark.parametrize("config", [lf.Softmax(), lf.CLEAR(4), lf.Agent(16)], ids=str)
+@pytest.mark.parametrize("task", [FluxImg2ImgPipeline, FluxInpaintPipeline], ids=lambda c: c.__name__)
+def test_other_tasks_of_flux(emoji, task, config):
+    """The embedded model behind diffusers' own pipelines for them."""
+    other = task.from_pipe(emoji)
+    other.set_progress_bar_config(disable=True)
+    settings = {"image": picture().resize((256, 192)), "strength": 0.8, "height": 192, "width": 256}
+    if task is FluxInpaintPipeline:
+        mask = Image.new("L", (256, 192))
+        mask.paste(255, (0, 0, 128, 192))
+        settings |= {"mask_image": mask}
+
+    check(other, config, lambda: draw(other, **settings, max_sequence_length=16))
+
+
+@pytest.mark.parametrize("config", [lf.Softmax(), lf.CLEAR(4), lf.SLA(0.3, 16, 16)], ids=str)
+def test_loras_by_the_pipelines_own_calls(emoji, config):
+    """Loaded, weighed, fused into the weights and out again, switched off and unloaded while the mechanism is on."""
+    generator = torch.Generator().manual_seed(3)
+
+    def factors():
+        found = {}
+        for name, m in emoji.transformer.named_modules():
+            if name.endswith(("attn.to_q", "attn.to_v", "attn.to_out.0")):
+                for key, shape in (("lora_A", (4, m.in_features)), ("lora_B", (m.out_features, 4))):
+                    found[f"transformer.{name}.{key}.weight"] = 0.1 * torch.randn(shape, generator=generator)
+        return found
+
+    def run():
+        return draw(emoji, height=128, width=192)
+
+    stock = run()
+    lf.apply(emoji, config)
+    base = run()
+    emoji.load_lora_weights(factors(), adapter_name="one")
+    one = run()
+    emoji.load_lora_weights(factors(), adapter_name="two")
+    emoji.set_adapters(["one", "two"], [1.0, 0.5])
+    both = run()
+    assert min(gap(one, base), gap(both, one), gap(both, base)) > 1e-2
+    emoji.fuse_lora()
+    assert gap(run(), both) < 1e-4
+    emoji.unfuse_lora()
+    assert gap(run(), both) < 1e-4
+    emoji.disable_lora()
+    assert gap(run(), base) < 1e-4
+    emoji.enable_lora()
+    emoji.unload_lora_weights()
+    assert gap(run(), base) < 1e-4
+    lf.restore(emoji)
+    assert gap(run(), stock) < 1e-4  # what was fused came out again but for rounding
+
+
 def test_several_loras(pipe, config):
     """Two adapters, weighed against each other while the mechanism is on."""
     from peft import LoraConfig
@@ -107,10 +169,11 @@ def test_textual_inversion(pipe, config):
     check(pipe, config, lambda: draw(pipe, prompt="<toy> apple"))
 
 
+@pytest.mark.parity
 def test_vae_tiling(pipe, config):
     untiled = draw(lf.apply(pipe, config))
     lf.restore(pipe)
-    # older releases of diffusers have it on the pipeline
+    # the oldest supported diffusers has it on the pipeline, the newest on the autoencoder
     getattr(pipe, "enable_vae_tiling", pipe.vae.enable_tiling)()
     pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 32
     assert gap(check(pipe, config, lambda: draw(pipe)), untiled) > 1e-4
@@ -281,6 +344,64 @@ def test_ip_adapter_of_sd3(name, order):
     lf.restore(model)
     assert torch.equal(draw(), stock)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("order", ["sliced-first", "sliced-second"])
+def test_attention_slicing(pipe, config, order):
+    """It sets processors of its own, which must not put an end to the mechanism in silence."""
+    stock = draw(pipe)
+    if order == "sliced-first":
+        pipe.enable_attention_slicing()
+        stock = draw(pipe)
+        out = draw(lf.apply(pipe, config))
+        assert (gap(out, stock) < 1e-4) == isinstance(config, lf.Softmax)
+    else:
+        lf.apply(pipe, config)
+        pipe.enable_attention_slicing()
+        with pytest.raises(RuntimeError, match=r"SlicedAttnProcessor was set over \w+ on .* Apply again"):
+            draw(pipe)
+        out = draw(lf.apply(pipe, config))
+        assert lf.describe(pipe).replaced > 0
+    lf.restore(pipe)
+    assert gap(draw(pipe), stock) < 1e-4
+
+
+def test_xformers_over_a_mechanism():
+    """Its package need not be there for its processor to be set."""
+    from diffusers.models.attention_processor import XFormersAttnProcessor
+
+    tiny = TINY["unet-sd15"]
+    model = lf.apply(tiny.build(), lf.CLEAR(2))
+    model.set_attn_processor(XFormersAttnProcessor())
+    with pytest.raises(RuntimeError, match=r"XFormersAttnProcessor was set over CLEAR on .* Apply again"):
+        forward(model, tiny.inputs(6, 9))
+
+
+def test_something_else_merges_tokens():
+    """As tomesd does between a block's norm and its attention: the grid no longer fits, which is said."""
+    tiny = TINY["unet-sd15"]
+    for config in CONFIGS.values():
+        model, inputs = tiny.build(), tiny.inputs(6, 9)
+        stock = forward(model, inputs)
+        lf.apply(model, config)
+        handles = [
+            model.get_submodule(r.layer).register_forward_pre_hook(lambda attn, args: (args[0][:, ::2], *args[1:]))
+            for r in lf.describe(model).layers if r.mechanism
+        ]  # fmt: skip
+        handles += [
+            model.get_submodule(r.layer).register_forward_hook(lambda attn, args, out: out.repeat_interleave(2, 1))
+            for r in lf.describe(model).layers if r.mechanism
+        ]  # fmt: skip
+        inputs = tiny.inputs(8, 12)
+        if any("grid" in m.needs for m in model.modules() if hasattr(m, "needs")):
+            with pytest.raises(ValueError, match=r"grid 8 x 12"):
+                forward(model, inputs)
+        else:
+            assert forward(model, inputs).isfinite().all()
+        for handle in handles:
+            handle.remove()
+        lf.restore(model)
+        assert torch.equal(forward(model, tiny.inputs(6, 9)), stock)
 
 
 def test_projections_fused_while_on():

@@ -37,8 +37,12 @@ def add_mechanism_options(parser: argparse.ArgumentParser, adapters: bool = True
         flag = "--" + setting.replace("_", "-")
         group.add_argument(flag, dest=f"set_{setting}", metavar="VALUE", help=f"of {', '.join(users)}")
     if not adapters:
-        parser.set_defaults(adapter=None, untrained=False)
+        parser.set_defaults(adapter=None, untrained=False, fuse_prologue=True)
         return
+    group.add_argument(
+        "--no-fuse-prologue", dest="fuse_prologue", action="store_false",
+        help="leave norms and rotation to the model's own code: its bits, and slower where a kernel could do them",
+    )  # fmt: skip
     group.add_argument("--adapter", metavar="NAME", help="a trained adapter: a folder or a Hub id")
     group.add_argument("--untrained", action="store_true", help="the adapter's mechanism without its weights")
 
@@ -54,6 +58,8 @@ def chosen_mechanism(args: argparse.Namespace) -> MechanismConfig | None:
     if args.untrained:
         raise ValueError("--untrained goes with --adapter.")
     if args.mechanism is None:
+        if not args.fuse_prologue:
+            raise ValueError("--no-fuse-prologue goes with --mechanism or --adapter.")
         if settings:
             raise ValueError(
                 f"--{next(iter(settings)).replace('_', '-')} is a setting of a mechanism: add --mechanism."
@@ -80,11 +86,11 @@ def change(pipe: Any, args: argparse.Namespace, config: MechanismConfig | None) 
     from ..adapter import read_adapter
 
     if args.untrained:
-        apply(pipe, read_adapter(args.adapter).layers)
+        apply(pipe, read_adapter(args.adapter).layers, fuse_prologue=args.fuse_prologue)
     elif args.adapter is not None:
-        load(pipe, args.adapter)
+        load(pipe, args.adapter, fuse_prologue=args.fuse_prologue)
     elif config is not None:
-        apply(pipe, config)
+        apply(pipe, config, fuse_prologue=args.fuse_prologue)
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:

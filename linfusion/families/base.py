@@ -199,6 +199,11 @@ def prepared_mask(attn: HostLayer, mask: Tensor | None, hidden_states: Tensor) -
     return mask.view(batch, attn.heads, -1, mask.shape[-1])
 
 
+def is_default(processor: type) -> bool:
+    """Whether it may have been set to get the host's attention back, not by a setting such as attention slicing."""
+    return not processor.__name__.startswith(("Sliced", "XFormers"))
+
+
 def backend_name(backend: Any) -> str:
     """A diffusers backend (enum member, string or None) as its plain name."""
     return "native" if backend is None else str(getattr(backend, "value", backend))

@@ -93,6 +93,11 @@ class AgentSDAttention(Mechanism):
     def merge(self, x: Tensor) -> Merged:
         config, time, grid, hidden = self.config, self.clock.time, self.layout.grid, self.stream.take()
         assert time is not None and isinstance(grid, tuple) and hidden is not None  # the processor has checked `needs`
+        if not x.shape[1] == hidden.shape[1] == math.prod(grid):
+            raise ValueError(
+                f"{self.site.name}: the grid {' x '.join(map(str, grid))} has {math.prod(grid)} tokens, but there are "
+                f"{x.shape[1]}. Does something else merge tokens in this model?"
+            )
         early = self.early()
         few, fewer = self.left(grid, config.cell)
         if torch.compiler.is_compiling():  # one graph for all steps: it makes agents for late ones too

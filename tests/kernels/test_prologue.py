@@ -159,6 +159,23 @@ def test_strided_parts_and_no_gradient():
             torch.testing.assert_close(a, b)
 
 
+def test_without_values():
+    """Text and image joined for queries and keys alone, where values are joined already."""
+    pytest.importorskip("triton")
+    q, k, text_q, text_k = (random(2, n, 2, 24).requires_grad_() for n in (9, 9, 4, 4))
+    results = []
+    for context in (nullcontext(), interpreted()):
+        with context:
+            out_q, out_k, nothing = qk_norm_rope(q, k, eps=1e-6, text=(text_q, text_k, None))
+            grads = torch.autograd.grad(
+                (out_q * out_q.detach().cos()).sum() + out_k[:, 1:].sum(), (q, k, text_q, text_k)
+            )
+        assert nothing is None
+        results.append((out_q, out_k, *grads))
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_operator():
     pytest.importorskip("triton")
     tensors, settings, rope = build(CASES["FLUX, double"], torch.float32)

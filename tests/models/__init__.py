@@ -3,7 +3,22 @@
 import importlib
 import pkgutil
 
-from .base import TEXT, Run, Tiny, ddim, forward, gap, grids_for, lively, noise, padded_text, processors, whole
+from .base import (
+    TEXT,
+    Quantised,
+    Run,
+    Tiny,
+    cast,
+    ddim,
+    forward,
+    gap,
+    grids_for,
+    lively,
+    noise,
+    padded_text,
+    processors,
+    whole,
+)
 from .flux import flux, flux_ids
 from .flux2 import flux2_ids
 from .pixart import pixart
@@ -21,8 +36,10 @@ __all__ = [
     "HOSTS",
     "TEXT",
     "TINY",
+    "Quantised",
     "Run",
     "Tiny",
+    "cast",
     "ddim",
     "flux",
     "flux2_ids",

@@ -118,6 +118,15 @@ def forward(model: nn.Module, inputs: dict) -> Tensor:
         return whole(model(**inputs, return_dict=False))
 
 
+def cast(x, dtype: torch.dtype):
+    """Arguments of a forward in another dtype, `model.to(dtype)` to go with it."""
+    if isinstance(x, dict):
+        return {k: cast(v, dtype) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(cast(v, dtype) for v in x)
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
 def whole(out: tuple | list | Tensor) -> Tensor:
     """All that a host returns as one tensor: ControlNets return many, Z-Image one a sample."""
     parts = flat(out)
@@ -134,6 +143,24 @@ def flat(out: tuple | list | Tensor) -> list[Tensor]:
 def gap(a: Tensor, b: Tensor) -> float:
     """The largest difference, against the largest value of `b`. Rounding stays under 1e-5, mistakes go over 1e-2."""
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+class Quantised(nn.Module):
+    """A projection that can only be called, as quantised layers are; asking for its weight is a mistake."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("packed", linear.weight.detach().to(torch.float64))
+        self.register_buffer("offset", None if linear.bias is None else linear.bias.detach())
+
+    @property
+    def weight(self):
+        raise RuntimeError("packed: there is no weight to read")
+
+    bias = in_features = out_features = weight
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed.to(x.dtype), self.offset)
 
 
 def processors(model: nn.Module) -> dict[str, object]:

@@ -14,8 +14,8 @@ SHORT = 3
 
 def lumina2() -> Lumina2Transformer2DModel:
     return Lumina2Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
-        num_attention_heads=4, num_kv_heads=2, multiple_of=8, axes_dim_rope=(4, 2, 2), axes_lens=(64, 64, 64),
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=64, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=4, num_kv_heads=2, multiple_of=8, axes_dim_rope=(8, 4, 4), axes_lens=(64, 64, 64),
         cap_feat_dim=12,
     )  # fmt: skip
 

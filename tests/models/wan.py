@@ -14,7 +14,7 @@ from .base import TEXT, Tiny, noise
 
 FRAMES = 2
 SETTINGS = {
-    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+    "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 16,
     "freq_dim": 16, "ffn_dim": 32, "num_layers": 2,
 }  # fmt: skip
 
@@ -25,7 +25,7 @@ def wan() -> WanTransformer3DModel:
 
 def wan_i2v() -> WanTransformer3DModel:
     """As Wan 2.1 image-to-video: cross-attention also to features of the first picture."""
-    return WanTransformer3DModel(**SETTINGS, image_dim=20, added_kv_proj_dim=24)
+    return WanTransformer3DModel(**SETTINGS, image_dim=20, added_kv_proj_dim=48)
 
 
 def wan_vace() -> WanVACETransformer3DModel:
