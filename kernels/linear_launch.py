@@ -113,25 +113,48 @@ def _weight(weight: Tensor | None, count: Tensor | None, like: Tensor) -> tuple[
     return weight, count, weight.stride(), True
 
 
+def partial_records(
+    k: Tensor, v: Tensor, feature_map: str, *, budget: float, affine: bool = False, planes: Tensor | None = None,
+    weight: Tensor | None = None, count: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+    strides: tuple[int, int, int] = (0, 0, 0), rope: str = "none",
+) -> Tensor:  # fmt: skip
+    """Records `[B * H, parts, D + 2, D]` in fp32 of `state_kernel`, to be added up; at most `budget` bytes.
+
+    Args:
+        planes: three weights of each token `[3, B, S, H]` (two unless `affine`), or else
+        weight, count: one `[B, S, H]`, and how many keys the means are over `[B]`.
+        cos, sin, strides, rope: as `_rope` gives them.
+    """
+    batch, tokens, heads, dim = k.shape
+    grid, chunk, settings = _plan("state", k, v, budget=budget)
+    records = torch.empty((batch * heads, grid[0], dim + 2, dim), dtype=torch.float32, device=k.device)
+    kind, weights, weight_strides = 0, k, (0, 0, 0, 0)
+    if planes is not None:
+        kind, weights, weight_strides = 3, planes, (*planes.stride()[1:], planes.stride(0))
+    elif weight is not None:
+        kind, weights, weight_strides = 1, weight, (*weight.stride(), 0)
+    launch(
+        triton_kernels.state_kernel, grid,
+        (k, v, weights, k if count is None else count, k if cos is None else cos, k if sin is None else sin, records,
+         tokens, chunk, heads, *k.stride()[:3], *v.stride()[:3], *weight_strides, *strides),
+        settings | {"PHI": feature_map, "ROPE": rope, "PLANES": kind, "AFFINE": affine},
+    )  # fmt: skip
+    return records
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, count: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, interleaved: bool, feature_map: str, normalize: str, eps: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output `[B, S, H, D]`, and the records `[B * H_kv, parts, D + 2, D]` in fp32."""
-    batch, length, kv_heads, dim = k.shape
+    kv_heads = k.shape[2]
     tokens, heads = q.shape[1:3]
     cos, sin, table_strides, kind = _rope(cos, sin, interleaved, q)
-    weight, count, weight_strides, weighted = _weight(weight, count, q)
-    budget = SCRATCH * 2 * (q.numel() + k.numel()) * q.element_size()
-    grid, chunk, settings = _plan("state", k, v, budget=budget)
-    parts = grid[0]
-    records = torch.empty((batch * kv_heads, parts, dim + 2, dim), dtype=torch.float32, device=q.device)
-    launch(
-        triton_kernels.state_kernel, grid,
-        (k, v, weight, count, cos, sin, records, length, chunk, kv_heads,
-         *k.stride()[:3], *v.stride()[:3], *weight_strides, 0, *table_strides),
-        settings | {"PHI": feature_map, "ROPE": kind, "PLANES": int(weighted), "AFFINE": normalize in AFFINE},
+    records = partial_records(
+        k, v, feature_map, budget=SCRATCH * 2 * (q.numel() + k.numel()) * q.element_size(),
+        affine=normalize in AFFINE, weight=weight, count=count, cos=cos, sin=sin, strides=table_strides, rope=kind,
     )  # fmt: skip
+    parts = records.shape[1]
     if parts > READ_TOGETHER:
         records, parts = records.sum(1, keepdim=True), 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -174,18 +197,13 @@ def backward(
         settings | {"PHI": feature_map, "ROPE": kind, "NORMALIZE": normalize, "SCALED": scale != 1.0, "WHOLE": whole},
     )  # fmt: skip
     if not whole:
-        planes = partial
-        grid, chunk, settings = _plan("state", q, grad, budget=budget)
-        partial = torch.empty((batch * heads, grid[0], dim + 2, dim), dtype=torch.float32, device=q.device)
-        launch(
-            triton_kernels.state_kernel, grid,
-            (q, grad, planes, q, cos, sin, partial, tokens, chunk, heads,
-             *q.stride()[:3], *grad.stride()[:3], *planes.stride()[1:], planes.stride(0), *table_strides),
-            settings | {"PHI": feature_map, "ROPE": kind, "PLANES": 3, "AFFINE": affine},
+        partial = partial_records(
+            q, grad, feature_map, budget=budget, affine=affine, planes=partial, cos=cos, sin=sin,
+            strides=table_strides, rope=kind,
         )  # fmt: skip
     # query heads that share a key head lie side by side, so their partial records are one list
-    parts = grid[0] * (heads // kv_heads)
-    partial = partial.view(batch * kv_heads, parts, dim + 2, dim)
+    partial = partial.view(batch * kv_heads, -1, dim + 2, dim)
+    parts = partial.shape[1]
     if parts > READ_TOGETHER:
         partial, parts = partial.sum(1, keepdim=True), 1
     if scale != 1.0:
