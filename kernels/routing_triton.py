@@ -69,7 +69,7 @@ def scores_kernel(
     PK += bh // group * keys * D
     CENTRE += bh // group * D
     scores = tl.zeros((BM, BN), tl.float32)
-    for first in tl.static_range(0, D, BC):
+    for first in tl.range(0, D, BC, num_stages=1):
         cols = first + tl.arange(0, BC)
         ok = cols < D
         a = tl.load(PQ + m[:, None] * D + cols[None, :], mask=(m < queries)[:, None] & ok[None, :], other=0.0)
@@ -82,53 +82,57 @@ def scores_kernel(
 
 @triton.jit
 def _highest(order, there, count):
-    """Which are the `count` highest of `order` (uint32); of equals the first ones."""
-    least = tl.full((), 0, tl.uint32)
+    """Which are the `count` highest of each row of `order` (uint32); of equals the first ones."""
+    least = tl.zeros((order.shape[0],), tl.uint32)
     for bit in tl.static_range(32):
-        raised = least | tl.full((), 1 << (31 - bit), tl.uint32)
-        enough = tl.sum((there & (order >= raised)).to(tl.int32), 0) >= count
+        raised = least | tl.full((order.shape[0],), 1 << (31 - bit), tl.uint32)
+        enough = tl.sum((there & (order >= raised[:, None])).to(tl.int32), 1) >= count
         least = tl.where(enough, raised, least)
-    above, equal = there & (order > least), there & (order == least)
-    room = count - tl.sum(above.to(tl.int32), 0)
-    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    above, equal = there & (order > least[:, None]), there & (order == least[:, None])
+    room = count - tl.sum(above.to(tl.int32), 1)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room[:, None]))
+
+
+@triton.jit
+def _write(INDEX, START, m, n, hit, queries, width):
+    """Lists of equal `width`, one to a row of `hit`."""
+    place = INDEX + (m * width)[:, None] + tl.cumsum(hit.to(tl.int32), 1) - 1
+    tl.store(place, tl.broadcast_to(n[None, :], hit.shape), mask=hit & (m < queries)[:, None])
+    tl.store(START + m, m * width, mask=m <= queries)
 
 
 @triton.jit
 def select_kernel(
     SCORES, INDEX, START, OTHER, OTHER_START, queries, keys, chosen, dropped,
-    BN: tl.constexpr, SECOND: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """Lists of the `chosen` highest of each row, and a last list of all: grid (queries + 1, B * H).
+    """Lists of the `chosen` highest of each row, and a last list of all: grid (tiles of queries + 1, B * H).
 
     SECOND 1: other lists of what is chosen and the `dropped` lowest; 2: of what is neither.
     """
-    m, bh, n = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BN)
-    there = n < keys
-    INDEX += bh * (queries * chosen + keys) + m * chosen
-    START += bh * (queries + 2) + m
-    tl.store(START, m * chosen)
-    if m == queries:
-        tl.store(START + 1, m * chosen + keys)
-        tl.store(INDEX + n, n, mask=there)
-        if SECOND > 0:
-            more = chosen + dropped if SECOND == 1 else keys - chosen - dropped
-            tl.store(OTHER_START + bh * (queries + 1) + m, m * more)
+    tile, bh, n = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BN)
+    m = tile * ROWS + tl.arange(0, ROWS)
+    INDEX += bh * (queries * chosen + keys)
+    START += bh * (queries + 2)
+    if tile == tl.num_programs(0) - 1:
+        tl.store(START + queries + 1, queries * chosen + keys)
+        tl.store(INDEX + queries * chosen + n, n, mask=n < keys)
     else:
-        x = tl.load(SCORES + (bh * queries + m) * keys + n, mask=there, other=0.0) + 0.0  # no -0: it equals 0
+        there = (m < queries + 1)[:, None] & (n < keys)[None, :]
+        place = SCORES + (bh * queries + m)[:, None] * keys + n[None, :]
+        x = tl.load(place, mask=there & (m < queries)[:, None], other=0.0) + 0.0  # no -0: it equals 0
         bits = x.to(tl.int32, bitcast=True)
         # so that bits are in the order of the numbers
         order = (bits ^ tl.where(bits < 0, -1, -2147483648)).to(tl.uint32, bitcast=True)
         best = _highest(order, there, chosen)
-        tl.store(INDEX + tl.cumsum(best.to(tl.int32), 0) - 1, n, mask=best)
+        _write(INDEX, START, m, n, best, queries, chosen)
         if SECOND > 0:
             above = _highest(order, there, keys - dropped)
             if SECOND == 1:
-                second, more = there & (best | (above == 0)), chosen + dropped
+                second, width = there & (best | (above == 0)), chosen + dropped
             else:
-                second, more = above & (best == 0), keys - chosen - dropped
-            OTHER += bh * queries * more + m * more
-            tl.store(OTHER_START + bh * (queries + 1) + m, m * more)
-            tl.store(OTHER + tl.cumsum(second.to(tl.int32), 0) - 1, n, mask=second)
+                second, width = above & (best == 0), keys - chosen - dropped
+            _write(OTHER + bh * queries * width, OTHER_START + bh * (queries + 1), m, n, second, queries, width)
 
 
 @triton.jit
