@@ -128,7 +128,8 @@ def partial_records(
     batch, tokens, heads, dim = k.shape
     grid, chunk, settings = _plan("state", k, v, budget=budget)
     records = torch.empty((batch * heads, grid[0], dim + 2, dim), dtype=torch.float32, device=k.device)
-    kind, weights, weight_strides = 0, k, (0, 0, 0, 0)
+    weight_strides: tuple[int, ...] = (0, 0, 0, 0)
+    kind, weights = 0, k
     if planes is not None:
         kind, weights, weight_strides = 3, planes, (*planes.stride()[1:], planes.stride(0))
     elif weight is not None:

@@ -27,11 +27,11 @@ class Lists(NamedTuple):
     """Lists of block numbers in rising order, in groups.
 
     Attributes:
-        index: `[groups, capacity]` int32, the lists of a group one behind the other.
-        start: `[groups, lists + 1]` int32, where they begin in `index`; one more where a last list names all entries.
+        entries: `[groups, capacity]` int32, the lists of a group one behind the other.
+        start: `[groups, lists + 1]` int32, where they begin in `entries`; one more where a last list names all entries.
     """
 
-    index: Tensor
+    entries: Tensor
     start: Tensor
 
 
@@ -106,8 +106,8 @@ def route(
 
 def to_map(lists: Lists, queries: int, keys: int) -> Tensor:
     """`[groups, queries, keys]` of bytes, from lists that are equally long (but for one of all)."""
-    width = (lists.index.shape[1] - (keys if lists.start.shape[1] == queries + 2 else 0)) // queries
-    index = lists.index[:, : queries * width].view(-1, queries, width)
+    width = (lists.entries.shape[1] - (keys if lists.start.shape[1] == queries + 2 else 0)) // queries
+    index = lists.entries[:, : queries * width].view(-1, queries, width)
     return index.new_zeros((len(index), queries, keys), dtype=torch.uint8).scatter_(2, index.long(), 1)
 
 

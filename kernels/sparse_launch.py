@@ -32,7 +32,9 @@ class Tile(NamedTuple):
 TILES = {
     "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
     "query_backward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    "key_backward": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    "key_backward": {64: Tile(64, 64, 4, 3), 128: Tile(32, 64, 4, 3), 256: Tile(32, 32, 8, 1)},
+    "rest_query": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
+    "rest_key": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2)},
 }
 WIDE = Tile(16, 16, 4, 1)
 """For fp32, whose products need room."""
@@ -104,10 +106,14 @@ class Linear(NamedTuple):
 def tile(kernel: str, dim: int, wide: bool, block_q: int, block_k: int) -> Tile:
     """The table's tile, cut to the powers of two that hold a block."""
     best = WIDE if wide else next(t for most, t in TILES[kernel].items() if dim <= most)
-    return best._replace(queries=min(best.queries, padded_dim(block_q)), keys=min(best.keys, padded_dim(block_k)))
+    queries, keys = min(best.queries, padded_dim(block_q)), min(best.keys, padded_dim(block_k))
+    # rows of the products are the queries, but in these
+    shrunk = {"key_backward": best.keys // keys, "rest_query": 1, "rest_key": 1}.get(kernel, best.queries // queries)
+    return Tile(queries, keys, max(4, best.warps // shrunk), best.stages)
 
 
-def _constants(p: Problem, kernel: str, *read: Tensor) -> dict[str, Any]:
+def constants(p: Problem, kernel: str, *read: Tensor) -> dict[str, Any]:
+    """Sizes that a kernel is compiled for; `read` are tensors with strides of their own besides q, k and v."""
     t, dim = p.tile(kernel), p.q.shape[-1]
     settings = {"D": dim, "BD": padded_dim(dim), "BQ": t.queries, "BK": t.keys, "BLOCK_Q": p.block_q}
     return settings | {"BLOCK_K": p.block_k, "STAGES": t.stages, "ALIGN": alignment(p.q, p.k, p.v, *read)}
@@ -138,7 +144,7 @@ def attend(p: Problem, rows: Lists, linear: Linear) -> tuple[Tensor, Tensor]:
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     t = p.tile("forward")
     kept, real = _kept(p, t.keys)
-    settings = _constants(p, "forward", out) | {
+    settings = constants(p, "forward", out) | {
         "KEPT": kept, "RAGGED": p.keys % p.block_k != 0 or p.block_k % t.keys != 0, "PHI": linear.phi,
         "LINEAR": linear.kind, "PROJECT": linear.state is not None, "BIASED": linear.bias is not None,
         "PARTS": linear.apart, "num_warps": t.warps,
@@ -146,8 +152,8 @@ def attend(p: Problem, rows: Lists, linear: Linear) -> tuple[Tensor, Tensor]:
     part, state, z, bias = (q if x is None else x for x in (linear.part, linear.state, linear.z, linear.bias))
     launch(
         triton_kernels.forward_kernel, _programs(p.queries, p.block_q, p.kept, t.queries, batch * heads),
-        (q, k, v, out, lse, rows.index, rows.start, real, part, state, z, bias,
-         *_numbers(p, heads, p.queries, p.block_q), heads, p.group, rows.index.shape[1], rows.start.shape[1],
+        (q, k, v, out, lse, rows.entries, rows.start, real, part, state, z, bias,
+         *_numbers(p, heads, p.queries, p.block_q), heads, p.group, rows.entries.shape[1], rows.start.shape[1],
          p.scale * LOG2_E, linear.eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         settings,
     )  # fmt: skip
@@ -170,15 +176,15 @@ def query_gradients(
         planes = torch.empty(shape, dtype=torch.float32, device=q.device)
     t = p.tile("query_backward")
     kept, real = _kept(p, t.keys)
-    settings = _constants(p, "query_backward", grad, grad_part, out) | {
+    settings = constants(p, "query_backward", grad, grad_part, out) | {
         "KEPT": kept, "RAGGED": p.keys % p.block_k != 0 or p.block_k % t.keys != 0, "PHI": linear.phi,
         "LINEAR": linear.kind, "BIASED": linear.bias is not None, "PARTS": linear.apart, "num_warps": t.warps,
     }  # fmt: skip
     state, z, bias = (q if x is None else x for x in (linear.state, linear.z, linear.bias))
     launch(
         triton_kernels.query_backward_kernel, _programs(p.queries, p.block_q, p.kept, t.queries, batch * heads),
-        (q, k, v, grad, grad_part, out, lse, rows.index, rows.start, real, state, z, bias, dq, delta, planes,
-         *_numbers(p, heads, p.queries, p.block_q), heads, p.group, rows.index.shape[1], rows.start.shape[1],
+        (q, k, v, grad, grad_part, out, lse, rows.entries, rows.start, real, state, z, bias, dq, delta, planes,
+         *_numbers(p, heads, p.queries, p.block_q), heads, p.group, rows.entries.shape[1], rows.start.shape[1],
          p.scale * LOG2_E, linear.eps, planes.stride(0), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
          *grad.stride()[:3], *grad_part.stride()[:3], *out.stride()[:3]),
         settings,
@@ -202,7 +208,7 @@ def key_gradients(
     batch, _, heads, dim = q.shape
     dk, dv = grads or tuple(torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     t = p.tile("key_backward")
-    settings = _constants(p, "key_backward", grad) | {
+    settings = constants(p, "key_backward", grad) | {
         "KEPT": 0 if p.kept == 0 else 1 if p.real is None else 2, "PHI": phi, "LINEAR": linear, "GROUPED": p.group > 1,
         "num_warps": t.warps,
     }  # fmt: skip
@@ -211,9 +217,9 @@ def key_gradients(
     queries, keys, first, kept, kept_at, blocks, pairs = _numbers(p, kv_heads, p.keys, p.block_k)
     launch(
         triton_kernels.key_backward_kernel, _programs(keys, p.block_k, kept, t.keys, pairs),
-        (q, k, v, grad, lse, delta, columns.index, columns.start, real, state, dz, factor, dk, dv,
+        (q, k, v, grad, lse, delta, columns.entries, columns.start, real, state, dz, factor, dk, dv,
          queries, keys, first, kept, kept_at, blocks, -(-queries // p.block_q), pairs, heads, p.group,
-         columns.index.shape[1], columns.start.shape[1], p.scale * LOG2_E, *q.stride()[:3], *k.stride()[:3],
+         columns.entries.shape[1], columns.start.shape[1], p.scale * LOG2_E, *q.stride()[:3], *k.stride()[:3],
          *v.stride()[:3], *grad.stride()[:3]),
         settings,
     )  # fmt: skip

@@ -10,13 +10,15 @@ the sequence; list number `blocks` names all key blocks and serves kept queries.
 import triton
 import triton.language as tl
 
-from .linear_triton import FLUSHING_EXP, _aligned, _dot, _features, _features_backward, _inverse
+from .linear_triton import FLUSHING_EXP, _add_both, _aligned, _dot, _features, _features_backward, _inverse
 
 
 @triton.jit
 def _exp2(x):
     if FLUSHING_EXP:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.exp2(x)
 
@@ -273,7 +275,8 @@ def query_backward_kernel(
     if LINEAR == "none":
         acc = tl.zeros((BQ, BD), tl.float32)
     if LINEAR == "given":
-        acc = _tile(DQ, at, heads * D, rows, cols, tl.where(blocked, left, 0), D, True).to(tl.float32) / scale
+        acc = _tile(DQ, at, heads * D, rows, cols, tl.where(blocked, left, 0), D, True).to(tl.float32)
+        acc *= 1.4426950408889634 / scale
         if not PARTS:
             delta += tl.load(PLANES + wp, mask=there, other=0.0)
     if LINEAR == "all":
@@ -285,20 +288,25 @@ def query_backward_kernel(
         product = _dot(gl, tl.trans(_matrix(STATE + state * (D * D), D, BD)))
         phi = _features(_tile(Q, at, qs, rows, cols, left, D, True), cols, D, PHI)
         z = tl.load(Z + state * D + cols, mask=cols < D, other=0.0)
-        alpha = tl.where(there, _inverse(tl.sum(phi * z[None, :], 1) + eps), 0.0)
-        mean = alpha * tl.sum(phi * z[None, :] * product, 1)
-        acc = _features_backward((product - mean[:, None]) * z[None, :] * alpha[:, None], phi, PHI) / scale
+        # both sums in one reduction: then phi is needed in one layout only, that of the product
+        sums, mean = tl.reduce((phi * z[None, :], phi * z[None, :] * product), 1, _add_both)
+        alpha = tl.where(there, _inverse(sums + eps), 0.0)
+        mean *= alpha
         if not PARTS:
             delta -= mean
         tl.store(PLANES, alpha, mask=there)
         tl.store(PLANES + wp, -mean, mask=there)
         if BIASED:
             tl.store(PLANES + 2 * wp, alpha * 0.0 + 1.0, mask=there)
+        # natural exponentials are wanted of the gradients: `scale` is in powers of 2
+        alpha *= 1.4426950408889634 / scale
+        # again, rather than kept in registers
+        phi = _features(_tile(Q, at, qs, rows, cols, left, D, True), cols, D, PHI)
+        z = tl.load(Z + state * D + cols, mask=cols < D, other=0.0)
+        acc = _features_backward((product - mean[:, None]) * z[None, :] * alpha[:, None], phi, PHI)
     tl.store(DELTA + pair.to(tl.int64) * tokens + at + rows, delta, mask=rows < left)
     lse = tl.load(LSE + pair.to(tl.int64) * tokens + at + rows, mask=rows < left, other=float("inf"))
     q = _tile(Q, at, qs, rows, cols, left, D, True)
-    # natural exponentials are wanted of the gradients: `scale` is in powers of 2
-    acc *= 1.4426950408889634
 
     if BLOCK_K % BK == 0:
         for i in tl.range(0, whole * STEPS, num_stages=STAGES):
@@ -379,16 +387,16 @@ def key_backward_kernel(
         dv = tl.zeros((BK, BD), tl.float32)
     if LINEAR == "given":
         inside = tl.where(blocked, left, 0)
-        dk = _tile(DK, at, kv_heads * D, rows, cols, inside, D, True).to(tl.float32) / scale * 1.4426950408889634
+        dk = _tile(DK, at, kv_heads * D, rows, cols, inside, D, True).to(tl.float32) * (1.4426950408889634 / scale)
         dv = _tile(DV, at, kv_heads * D, rows, cols, inside, D, True).to(tl.float32)
     if LINEAR == "all":
         state = _matrix(STATE + pair.to(tl.int64) * (D * D), D, BD)
         factor = tl.load(FACTOR + pair)
-        phi = _features(k, cols, D, PHI)
-        dv = _dot(phi.to(k.dtype), state) * factor
         dz = tl.load(Z + pair * D + cols, mask=cols < D, other=0.0)
         dphi = _dot(v, tl.trans(state)) * factor + dz[None, :]
-        dk = _features_backward(dphi, phi, PHI) / scale * 1.4426950408889634
+        phi = _features(k, cols, D, PHI)
+        dk = _features_backward(dphi, phi, PHI) * (1.4426950408889634 / scale)
+        dv = _dot(phi.to(k.dtype), state) * factor
 
     for i in tl.range(0, count * STEPS, num_stages=STAGES):
         m, offset = _listed(index, i, BLOCK_Q, BQ)
@@ -430,17 +438,17 @@ def fold_kernel(
     a, cols = tile * BA + tl.arange(0, BA), tl.arange(0, BD)
     RECORDS += bh * parts * ((D + 2) * D)
     z = tl.zeros((BA,), tl.float32)
-    for part in range(0, parts):
+    for part in range(parts):
         z += tl.load(RECORDS + part * ((D + 2) * D) + D * D + a, mask=a < D, other=0.0)
     out = tl.zeros((BA, BD), tl.float32)
     for first in tl.static_range(0, D, BC):
         c = first + tl.arange(0, BC)
         ok = (a < D)[:, None] & (c < D)[None, :]
         s = tl.zeros((BA, BC), tl.float32)
-        for part in range(0, parts):
+        for part in range(parts):
             s += tl.load(RECORDS + part * ((D + 2) * D) + a[:, None] * D + c[None, :], mask=ok, other=0.0)
         tl.store(SUMS + bh * (D * D) + a[:, None] * D + c[None, :], s, mask=ok)
-        s = tl.where((z > 0)[:, None], s / z[:, None], 0.0)
+        s = s * tl.where(z > 0, 1.0 / tl.where(z > 0, z, 1.0), 0.0)[:, None]
         if PROJECT:
             ok = (cols < D)[:, None] & (c < D)[None, :]
             w = tl.load(W + cols[:, None] * we + c[None, :] * wd, mask=ok, other=0.0).to(tl.float32)
