@@ -23,7 +23,7 @@ def rest_query_kernel(
 ):  # fmt: skip
     """The linear part before its projection, `PART` `[B, queries, H, D]`: grid (tiles of queries, B * H).
 
-    `SUMS` and `Z` are the means of phi(k)^T v and phi(k) over all blocked keys, `scale_of_sum` is one over their number.
+    `SUMS`, `Z` are the means of phi(k)^T v and phi(k) over all blocked keys, `scale_of_sum` is one over their number.
     BACKWARD, from the gradient `G` of the projected part: also the gradient of the queries `DQ`, and the weights
     `[2, B, H, queries]` of phi and of the sum of phi besides, of which the gradients of states are made.
     """

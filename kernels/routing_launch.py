@@ -60,7 +60,7 @@ def block_means(x: Tensor, block: int, pivot: bool) -> Tensor:
 
 
 def block_scores(q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:
-    """`[B * H, query blocks, key blocks]` in fp32: products of block means, those of k less its mean over all tokens."""
+    """`[B * H, query blocks, key blocks]` in fp32: products of block means, of k less its mean over all tokens."""
     means_q, means_k = block_means(q, block_q, False), block_means(k, block_k, True)
     (pairs, queries, dim), (groups, keys, _) = means_q.shape, means_k.shape
     centre = torch.empty((groups, dim), dtype=torch.float32, device=q.device)
@@ -79,7 +79,7 @@ def block_scores(q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:
 
 
 def choose(scores: Tensor, chosen: int, dropped: int, second: int) -> tuple[Lists, Lists | None]:
-    """The `chosen` highest of each row with a last list of all key blocks, and a second list as `select_kernel` says."""
+    """The `chosen` highest of each row and a last list of all, and a second kind of list as `select_kernel` says."""
     pairs, queries, keys = scores.shape
     width = (0, chosen + dropped, keys - chosen - dropped)[second]
     index, start, other, other_start = (
@@ -114,7 +114,7 @@ def to_map(lists: Lists, queries: int, keys: int) -> Tensor:
 def from_map(chosen: Tensor, axis: int, entries: int, all_entries: bool = False) -> Lists:
     """Lists along `axis` of a map of bytes `[groups, ., .]`, which holds at most `entries` in a group.
 
-    `axis` 2 lists the chosen columns of each row, 1 the chosen rows of each column. `all_entries` appends a list of all.
+    `axis` 2 lists the chosen columns of each row, 1 the chosen rows of each column; `all_entries` appends one of all.
     """
     groups, lists, length = len(chosen), chosen.shape[3 - axis], chosen.shape[axis]
     start = torch.zeros((groups, lists + 1 + all_entries), dtype=torch.int32, device=chosen.device)

@@ -167,7 +167,7 @@ def _all_backward(
 def _rest_backward(
     p: Problem, s: Settings, saved: Saved, weight: Tensor | None, bias: Tensor | None, grad: Tensor, grad_part: Tensor
 ) -> tuple[Tensor, ...]:
-    q, k, dim, groups = p.q, p.k, p.q.shape[-1], saved.sums.shape[0]
+    q, dim, groups = p.q, p.q.shape[-1], saved.sums.shape[0]
     rows = Lists(saved.entries, saved.starts)
     other = Lists(saved.other_entries, saved.other_starts) if saved.other_starts.numel() else rows
     rest = Rest(s.feature_map, _counts(s, -(-p.keys // s.block_k))[2], _projection(weight, q))
@@ -227,8 +227,9 @@ def _(q, k, v, text_mask, weight, bias, *settings):
 def sla_backward_op(
     grad: Tensor, grad_part: Tensor, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, out: Tensor, lse: Tensor, entries: Tensor, starts: Tensor,
-    other_entries: Tensor, other_starts: Tensor, sums: Tensor, state: Tensor, z: Tensor, topk: float, skip: float, block_q: int, block_k: int, feature_map: str, linear: str,
-    scale: float, start: int, stop: int, parts: bool,
+    other_entries: Tensor, other_starts: Tensor, sums: Tensor, state: Tensor, z: Tensor, topk: float,
+    skip: float, block_q: int, block_k: int, feature_map: str, linear: str, scale: float, start: int, stop: int,
+    parts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     settings = (topk, skip, block_q, block_k, feature_map, linear, scale, start, stop, parts)
     saved = (out, lse, entries, starts, other_entries, other_starts, sums, state, z)

@@ -164,7 +164,7 @@ def query_gradients(
     p: Problem, rows: Lists, linear: Linear, grad: Tensor, grad_part: Tensor, out: Tensor, lse: Tensor,
     planes: Tensor | None = None, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dq`, delta `[B, H, S]` and the planes `[3, B, H, queries]` of `query_backward_kernel`; the last two may be given."""
+    """`dq`, delta `[B, H, S]` and planes `[3, B, H, queries]` of `query_backward_kernel`; the first and last may exist."""
     q, k, v = p.q, p.k, p.v
     batch, _, heads, dim = q.shape
     if dq is None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from . import sla_launch
 from . import sparse_linear_torch as path
 from .backend import why_not_triton
+from .block_sparse import lacking
 from .checks import block_counts, check_keep, check_projection, check_qkv, check_routing, repeat_heads
 from .features import named_feature_map
 from .reference_sparse import LINEAR_EPS
 from .rest_launch import MOST_DIM
-from .routing_launch import MOST_BLOCKS
 
 
 def sparse_linear_attention(
@@ -75,8 +75,8 @@ def sparse_linear_attention(
     heads, scale = q.shape[2], q.shape[-1] ** -0.5 if scale is None else float(scale)
     sparse: Tensor
     if topk < 1 and stop - start < k.shape[1]:
-        lacking = _lacking(k.shape[1] - stop + start, q.shape[-1], block_q, block_k, linear, scale)
-        if why_not_triton("sparse_linear_attention", q.shape[-1], q, k, v, lacking=lacking) is None:
+        reason = _lacking(q, k, block_q, block_k, linear, scale)
+        if why_not_triton("sparse_linear_attention", q.shape[-1], q, k, v, lacking=reason) is None:
             settings = (float(topk), float(skip), block_q, block_k, feature_map, linear, scale, start, stop)
             sparse, summed, *_ = _operator(q, k, v, proj_weight, proj_bias)(
                 q, k, v, text_mask, proj_weight, proj_bias, *settings, return_parts
@@ -116,16 +116,12 @@ def sparse_linear_attention(
     return _join(exact, sparse + summed, start == 0)
 
 
-def _lacking(keys: int, dim: int, block_q: int, block_k: int, linear: str, scale: float) -> str | None:
+def _lacking(q: Tensor, k: Tensor, block_q: int, block_k: int, linear: str, scale: float) -> str | None:
     """What the kernels do not know of this call."""
-    for name, size in (("block_q", block_q), ("block_k", block_k)):
-        if size % 16:
-            return f"{name}={size} is no multiple of 16"
-    if -(-keys // block_k) > MOST_BLOCKS:
-        return f"{keys} keys make more than {MOST_BLOCKS} blocks of {block_k}"
-    if linear != "all" and dim > MOST_DIM:
-        return f"linear={linear!r} needs more registers at head dim {dim} than there are"
-    return None if scale > 0 else f"scale={scale} is not positive"
+    most = MOST_DIM if q.dtype != torch.float32 else MOST_DIM // 2
+    if linear != "all" and q.shape[-1] > most:
+        return f"linear={linear!r} needs more registers at {q.dtype}, head dim {q.shape[-1]}, than there are"
+    return lacking(q, k, block_q, block_k, scale)
 
 
 def _operator(*inputs: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
