@@ -164,7 +164,7 @@ def query_gradients(
     p: Problem, rows: Lists, linear: Linear, grad: Tensor, grad_part: Tensor, out: Tensor, lse: Tensor,
     planes: Tensor | None = None, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dq`, delta `[B, H, S]` and planes `[3, B, H, queries]` of `query_backward_kernel`; the first and last may exist."""
+    """`dq`, delta `[B, H, S]` and planes `[3, B, H, queries]` of `query_backward_kernel`; dq, planes may be there."""
     q, k, v = p.q, p.k, p.v
     batch, _, heads, dim = q.shape
     if dq is None:
