@@ -28,11 +28,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-# by kernel and largest head dim, for 16-bit inputs: no spills on sm_90 (bench/NOTES.md)
+# by kernel and largest head dim, for 16-bit inputs: no spills on sm_90 (bench/NOTES.md). Of the depth, half goes to the
+# lists: a block's number is read before its keys, so that 5 keeps two tiles on their way where 3 keeps one
 TILES = {
-    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "forward": {64: Tile(128, 64, 4, 5), 128: Tile(128, 64, 8, 5), 256: Tile(64, 32, 8, 2)},
     "query_backward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    "key_backward": {64: Tile(64, 64, 4, 3), 128: Tile(32, 64, 4, 3), 256: Tile(32, 32, 8, 1)},
+    "key_backward": {64: Tile(64, 64, 4, 5), 128: Tile(32, 64, 4, 3), 256: Tile(32, 32, 8, 1)},
     "rest_query": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
     "rest_key": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2)},
 }
@@ -109,7 +110,8 @@ def tile(kernel: str, dim: int, wide: bool, block_q: int, block_k: int) -> Tile:
     queries, keys = min(best.queries, padded_dim(block_q)), min(best.keys, padded_dim(block_k))
     # rows of the products are the queries, but in these
     shrunk = {"key_backward": best.keys // keys, "rest_query": 1, "rest_key": 1}.get(kernel, best.queries // queries)
-    return Tile(queries, keys, max(4, best.warps // shrunk), best.stages)
+    # smaller ones leave registers for two programs at a time; so must their buffers
+    return Tile(queries, keys, max(4, best.warps // shrunk), best.stages if shrunk == 1 else min(best.stages, 3))
 
 
 def constants(p: Problem, kernel: str, *read: Tensor) -> dict[str, Any]:
