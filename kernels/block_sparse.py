@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import why_not_triton
+from .backend import shared_memory, why_not_triton
 from .checks import block_counts, check_block_map, check_qkv, check_routing, repeat_heads
 from .eager import differentiable
 from .routing_launch import MOST_BLOCKS, by_keys, from_map, route, to_map
-from .sparse_launch import Linear, Problem, attend, key_gradients, query_gradients
+from .sparse_launch import ROOM, Linear, Problem, attend, key_gradients, query_gradients
 from .sparse_linear_torch import block_means, to_blocks
 from .window_torch import attention_backward
 
@@ -79,8 +79,8 @@ def lacking(q: Tensor, k: Tensor, block_q: int, block_k: int, scale: float) -> s
             return f"{name}={size} is no multiple of 16"
     if -(-k.shape[1] // block_k) > MOST_BLOCKS:
         return f"{k.shape[1]} keys make more than {MOST_BLOCKS} blocks of {block_k}"
-    if q.dtype is torch.float32 and q.shape[-1] > 128:
-        return f"fp32 at head dim {q.shape[-1]} needs more memory on the chip than there is"
+    if q.shape[-1] > 128 and (q.dtype is torch.float32 or shared_memory(q.device) < ROOM):
+        return f"{q.dtype} at head dim {q.shape[-1]} needs more memory on the chip than there is"
     if 0 in (q.numel(), k.numel()):
         return "there is nothing to compute"
     return None if scale > 0 else f"scale={scale} is not positive"

@@ -49,7 +49,7 @@ class Saved(NamedTuple):
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, s: Settings) -> Problem:
     kept = s.stop - s.start
-    real = None if text_mask is None else text_mask.contiguous().view(torch.uint8)
+    real = None if text_mask is None or kept == 0 else text_mask.contiguous().view(torch.uint8)
     first = s.stop if s.start == 0 else 0
     return Problem(q, k, v, real, first, kept, s.start, s.block_q, s.block_k, s.scale)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON
+from .backend import HAS_TRITON, shared_memory
 from .launch import launch
 from .routing_launch import Lists, alignment, padded_dim
 
@@ -39,6 +39,9 @@ TILES = {
 }
 WIDE = Tile(16, 16, 4, 1)
 """For fp32, whose products need room."""
+SMALL = Tile(64, 32, 8, 2)
+"""At most this on devices with less shared memory than ROOM, which the tiles above may take up to head dim 256."""
+ROOM = 200 << 10
 
 
 class Problem(NamedTuple):
@@ -79,7 +82,8 @@ class Problem(NamedTuple):
         return x[:, self.first : x.shape[1] - self.kept + self.first]
 
     def tile(self, kernel: str) -> Tile:
-        return tile(kernel, self.q.shape[-1], self.q.element_size() == 4, self.block_q, self.block_k)
+        small = shared_memory(self.q.device) < ROOM
+        return tile(kernel, self.q.shape[-1], self.q.element_size() == 4, small, self.block_q, self.block_k)
 
 
 class Linear(NamedTuple):
@@ -104,9 +108,11 @@ class Linear(NamedTuple):
 
 
 @functools.lru_cache(256)
-def tile(kernel: str, dim: int, wide: bool, block_q: int, block_k: int) -> Tile:
+def tile(kernel: str, dim: int, wide: bool, small: bool, block_q: int, block_k: int) -> Tile:
     """The table's tile, cut to the powers of two that hold a block."""
     best = WIDE if wide else next(t for most, t in TILES[kernel].items() if dim <= most)
+    if small:
+        best = Tile(*map(min, best, SMALL))
     queries, keys = min(best.queries, padded_dim(block_q)), min(best.keys, padded_dim(block_k))
     # rows of the products are the queries, but in these
     shrunk = {"key_backward": best.keys // keys, "rest_query": 1, "rest_key": 1}.get(kernel, best.queries // queries)

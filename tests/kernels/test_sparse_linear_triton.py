@@ -232,8 +232,18 @@ def test_what_the_kernels_do_not_know_runs_in_pytorch(launched):
     assert "block_k=24" in lacking(q, q, 16, 24, 1.0)
     assert "scale=0" in lacking(q, q, 16, 16, 0)
     assert "more than 32768 blocks" in lacking(q, q.expand(1, 40, 1, 16).repeat(1, 20000, 1, 1), 16, 16, 1.0)
-    assert "fp32 at head dim 160" in lacking(q.repeat(1, 1, 1, 10), q, 16, 16, 1.0)
+    assert "torch.float32 at head dim 160" in lacking(q.repeat(1, 1, 1, 10), q, 16, 16, 1.0)
     assert lacking(q, q, 16, 16, 1.0) is None
+
+
+def test_tiles_fit_blocks_and_devices():
+    for kernel, by_dim in sparse_launch.TILES.items():
+        for dim in by_dim:
+            whole = sparse_launch.tile(kernel, dim, False, False, 128, 64)
+            assert whole == by_dim[dim]
+            little = sparse_launch.tile(kernel, dim, False, True, 48, 16)
+            assert little.queries <= 64 and little.keys == 16 and 4 <= little.warps <= whole.warps
+            assert little.stages <= sparse_launch.SMALL.stages
 
 
 @pytest.mark.parametrize("linear", ["all", "marginal"])
@@ -268,7 +278,7 @@ FP32 = ("LSE", "DELTA", "PLANES", "Z", "BIAS", "FACTOR")
 STRIDES = [a + b for a in "qkvgol" for b in "bsh"]
 
 def build(name, dim):
-    kernel, tile = getattr(sparse_triton, name + "_kernel"), sparse_launch.tile(name, dim, False, 128, 64)
+    kernel, tile = getattr(sparse_triton, name + "_kernel"), sparse_launch.tile(name, dim, False, False, 128, 64)
     constants = dict(D=dim, BD=dim, BQ=tile.queries, BK=tile.keys, BLOCK_Q=128, BLOCK_K=64, STAGES=tile.stages, ALIGN=8)
     constants |= dict(KEPT=0, RAGGED=True, PHI="softmax", LINEAR="all", PROJECT=True, BIASED=True, PARTS=False)
     constants = {n: x for n, x in (constants | dict(GROUPED=False)).items() if n in kernel.arg_names}
