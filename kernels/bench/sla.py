@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,9 +79,7 @@ class SLA(Op):
         return shrunk(case, tokens + 1, k=0.3)
 
 
-def _call(
-    op: Callable[..., Tensor], case: Case, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
+def _call(op: Callable[..., Any], case: Case, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return op(q, k, v, topk=case.shape.get("k"), block_q=_block(case), proj_weight=weight, proj_bias=bias)
 
 
