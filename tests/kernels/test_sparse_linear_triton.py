@@ -73,7 +73,9 @@ CASES = {  # tokens, heads, heads of k, dim, text, settings
         90, 1, 1, 72, "text-first", dict(topk=0.5, block_q=48, block_k=48, feature_map="elu1"),
     ),
     "complement-subtracted-text-last": (70, 2, 1, 16, "text-last", dict(topk=0.3, block_k=16, linear="complement")),
-    "complement-summed": (60, 1, 1, 40, "image", dict(topk=0.8, block_q=48, block_k=16, linear="complement")),
+    "complement-summed": (
+        60, 1, 1, 40, "image", dict(topk=0.8, block_q=48, block_k=16, linear="complement", feature_map="elu1"),
+    ),
     "marginal-subtracted": (
         100, 1, 1, 16, "padded-first", dict(topk=0.2, block_k=16, linear="marginal", skip=0.2, feature_map="elu1"),
     ),
