@@ -17,7 +17,7 @@ if __name__ == "kernels":
     else:
         __version__ = "0"
 else:
-    from .agent import agent_attention, pool_agents, resize_bias
+    from .agent import agent_attention, bias_factors, pool_agents, resize_bias
     from .depthwise import depthwise_conv
     from .linear import linear_attention
     from .pool import pool_grid
@@ -29,6 +29,7 @@ else:
     __all__ = [
         "RopeTables",
         "agent_attention",
+        "bias_factors",
         "depthwise_conv",
         "linear_attention",
         "pool_agents",

@@ -13,8 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_agents, check_grid, repeat_heads
+from .agent_launch import agent_attention_op, forward, forward_with_gradients
+from .backend import why_not_triton
+from .checks import Bias, check_agents, check_grid, dense_bias, repeat_heads
 from .reference import agent_grid
+
+MAX_AGENTS = 1024
+MAX_RANK = 64
 
 
 def agent_attention(
@@ -25,18 +30,27 @@ def agent_attention(
     *,
     scale: float | None = None,
     agent_scale: float | None = None,
-    key_bias: Tensor | None = None,
-    query_bias: Tensor | None = None,
+    key_bias: Bias | None = None,
+    query_bias: Bias | None = None,
+    shortcut: float = 0.0,
 ) -> Tensor:
-    """`softmax(agent_scale q A^T + query_bias) softmax(scale A k^T + key_bias) v`: the cost is tokens x agents.
+    """`softmax(agent_scale q A^T + query_bias) softmax(scale A k^T + key_bias) v + shortcut v`.
+
+    The cost is tokens x agents. On a GPU, four passes over `[B, S, H, D]` forward and, up to 128 agents of head dim 64
+    or 64 of 128, seven backward, in Triton; more than 1024 agents, dense biases, scales that are not positive and
+    gradients of a bias's weights are computed by PyTorch.
 
     Args:
         q, k, v: `[B, S, H, D]`, rotated already; k and v may have another length and fewer heads than q.
         agents: A, `[B, n, H, D]`, such as `pool_agents` makes.
         scale: of the agents' scores with the keys, default `D ** -0.5`.
         agent_scale: of the queries' scores with the agents, default `scale`.
-        key_bias: `[H or 1, n, S_k]`, added to the agents' scores with the keys; see `resize_bias`.
-        query_bias: `[H or 1, S_q, n]`, added to the queries' scores with the agents.
+        key_bias: added to the agents' scores with the keys: `[H or 1, n, S_k]`, or in two factors a table
+            `[H or 1, n, r]` and weights of the tokens `[S_k, r]`, see `bias_factors`. The factors' product is never
+            in memory, which would be more than q itself.
+        query_bias: added to the queries' scores with the agents: `[H or 1, S_q, n]`, or a table `[H or 1, n, r]` and
+            weights `[S_q, r]`.
+        shortcut: how much of v is added (AgentSD); q and k must then be equally long.
 
     Returns:
         `[B, S, H, D]`.
@@ -44,13 +58,53 @@ def agent_attention(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    scale, agent_scale = check_agents(q, k, v, agents, scale, agent_scale, key_bias, query_bias)
-    k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
-    q, k, v, agents = (x.transpose(1, 2) for x in (q, k, v, agents))
-    key_bias, query_bias = (None if b is None else b.to(q.dtype)[None] for b in (key_bias, query_bias))
+    scale, agent_scale = check_agents(q, k, v, agents, scale, agent_scale, key_bias, query_bias, shortcut)
+    if _why_not(q, k, v, agents, scale, agent_scale, key_bias, query_bias) is not None:
+        return _in_torch(q, k, v, agents, scale, agent_scale, key_bias, query_bias, shortcut)
+    key_table, key_weights = key_bias or (None, None)
+    query_table, query_weights = query_bias or (None, None)
+    tensors = (q, k, v, agents, key_table, key_weights, query_table, query_weights)
+    arguments = (*tensors, scale, agent_scale, float(shortcut))
+    if torch.compiler.is_compiling():
+        return agent_attention_op(*arguments)[0]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return forward_with_gradients(*arguments)[0]
+    return forward(*arguments, differentiate=False)[0]
+
+
+def _why_not(
+    q: Tensor, k: Tensor, v: Tensor, agents: Tensor, scale: float, agent_scale: float, *biases: Bias | None
+) -> str | None:
+    lacking, factors = None, []
+    for bias in biases:
+        if isinstance(bias, Tensor):
+            lacking = "its kernels take biases in two factors (bias_factors), not dense ones"
+        elif bias is not None:
+            factors += bias
+            if bias[1].requires_grad and torch.is_grad_enabled():
+                lacking = "gradients of a bias's weights are computed by PyTorch"
+            if bias[0].shape[-1] > MAX_RANK:
+                lacking = f"its kernels take biases with up to {MAX_RANK} columns, not {bias[0].shape[-1]}"
+    if agents.shape[1] > MAX_AGENTS:
+        lacking = f"its kernels take up to {MAX_AGENTS} agents, not {agents.shape[1]}"
+    if not min(scale, agent_scale) > 0:
+        lacking = f"its kernels take positive scales, not {scale} and {agent_scale}"
+    if q.numel() == 0 or k.numel() == 0:
+        lacking = "there are no tokens"
+    return why_not_triton("agent_attention", q.shape[-1], q, k, v, agents, *factors, lacking=lacking)
+
+
+def _in_torch(
+    q: Tensor, k: Tensor, v: Tensor, agents: Tensor, scale: float, agent_scale: float, key_bias: Bias | None,
+    query_bias: Bias | None, shortcut: float,
+) -> Tensor:  # fmt: skip
+    k, values = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
+    key_bias = None if key_bias is None else dense_bias(key_bias).to(q.dtype)[None]
+    query_bias = None if query_bias is None else dense_bias(query_bias, transposed=True).to(q.dtype)[None]
+    q, k, v, agents = (x.transpose(1, 2) for x in (q, k, values, agents))
     gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=key_bias, scale=scale)
-    out = F.scaled_dot_product_attention(q, agents, gathered, attn_mask=query_bias, scale=agent_scale)
-    return out.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, agents, gathered, attn_mask=query_bias, scale=agent_scale).transpose(1, 2)
+    return torch.add(out, values, alpha=shortcut) if shortcut else out
 
 
 def pool_agents(x: Tensor, *, grid: Sequence[int] | Tensor, agents: int | Sequence[int]) -> Tensor:
@@ -77,23 +131,37 @@ def pool_agents(x: Tensor, *, grid: Sequence[int] | Tensor, agents: int | Sequen
     return torch.einsum("pn,bnhd->bphd", weights, x.to(wide)).to(x.dtype)
 
 
-def resize_bias(table: Tensor, *, grid: Sequence[int] | Tensor, tokens: int) -> Tensor:
-    """Small tables, bilinearly resized to the grid; on video every frame has the same.
+def bias_factors(
+    table: Tensor, *, grid: Sequence[int] | Tensor, tokens: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """A bias of `agent_attention` in two factors: small tables, and how each token of the grid interpolates them.
+
+    Bilinear, entries beyond the outermost held; on video every frame has the same.
 
     Args:
         table: `[H, n, rows, columns]`.
         grid: `(h, w)` or `(frames, h, w)`, or an int64 tensor of these on the CPU.
         tokens: of the grid.
+        dtype: of the weights, default the table's; that of q spares the kernels a copy.
 
     Returns:
-        `[H, n, tokens]`.
+        `[H, n, r]` and `[tokens, r]`, r = rows * columns and zeros up to a power of two, at least 16.
 
     Raises:
         ValueError: a grid that does not match `tokens`.
     """
     device_grid, sizes = (grid, []) if isinstance(grid, Tensor) else (None, list(grid))
-    weights = _resize_op(device_grid, sizes, list(table.shape[-2:]), tokens, table.dtype, table.device)
-    return table.flatten(-2) @ weights
+    weights = _resize_op(device_grid, sizes, list(table.shape[-2:]), tokens, dtype or table.dtype, table.device)
+    return F.pad(table.flatten(-2), (0, weights.shape[1] - table[0, 0].numel())), weights
+
+
+def resize_bias(table: Tensor, *, grid: Sequence[int] | Tensor, tokens: int) -> Tensor:
+    """Small tables, resized to the grid: the product of `bias_factors`, `[H, n, tokens]`.
+
+    Raises:
+        ValueError: a grid that does not match `tokens`.
+    """
+    return dense_bias(bias_factors(table, grid=grid, tokens=tokens))
 
 
 @lru_cache(maxsize=8)
@@ -111,12 +179,16 @@ def _pool_weights(grid: tuple[int, ...], agents: tuple[int, ...], dtype: torch.d
 
 @lru_cache(maxsize=8)
 def _resize_weights(grid: tuple[int, ...], table: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[rows * columns, N]`: every entry of a table resized by itself."""
+    """`[N, rows * columns and zeros]`: every entry of a table resized by itself."""
     with torch.inference_mode(False):
         wide = torch.promote_types(dtype, torch.float32)
-        entries = torch.eye(math.prod(table), dtype=wide).unflatten(1, table)[:, None]
+        entries = torch.eye(_rank(table), math.prod(table), dtype=wide).unflatten(1, table)[:, None]
         frame = F.interpolate(entries, size=grid[-2:], mode="bilinear").flatten(1)
-        return frame.repeat(1, math.prod(grid[:-2])).to(device, dtype)
+        return frame.repeat(1, math.prod(grid[:-2])).T.contiguous().to(device, dtype)
+
+
+def _rank(table: Sequence[int]) -> int:
+    return max(16, 1 << (math.prod(table) - 1).bit_length())
 
 
 def _sizes(device_grid: Tensor | None, sizes: Sequence[int], tokens: int) -> tuple[int, ...]:
@@ -172,4 +244,4 @@ def _(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    return torch.empty((math.prod(table), tokens), dtype=dtype, device=device)
+    return torch.empty((tokens, _rank(table)), dtype=dtype, device=device)
