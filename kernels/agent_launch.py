@@ -44,22 +44,29 @@ BLOCKS = {
         (128, 64): Blocks(64, 64, 4, 3, 2), (128, 128): Blocks(128, 64, 4, 2, 2),
         (128, 1024): Blocks(64, 128, 8, 3, 1), (256, 64): Blocks(64, 64, 8, 2, 1), (256, 1024): Blocks(32, 64, 8, 2, 1),
     },
-    "whole_backward": {
-        (64, 64): Blocks(64, 64, 4, 2, 2), (64, 128): Blocks(128, 64, 8, 2, 1), (128, 64): Blocks(64, 64, 8, 2, 1),
+    "query_whole": {
+        (64, 64): Blocks(64, 64, 4, 2, 2), (64, 128): Blocks(128, 32, 8, 2, 1),
+        (128, 64): Blocks(64, 64, 8, 2, 1), (256, 64): Blocks(64, 32, 8, 1, 1),
     },
-    "tokens_backward": {
-        (64, 1024): Blocks(64, 128, 8, 2, 1), (128, 1024): Blocks(64, 64, 4, 2, 1), (256, 1024): Blocks(32, 64, 8, 1, 1),
+    "key_whole": {
+        (64, 64): Blocks(64, 64, 4, 2, 2), (64, 128): Blocks(128, 32, 8, 2, 1),
+        (128, 64): Blocks(64, 32, 8, 2, 1), (256, 64): Blocks(64, 32, 8, 1, 1),
     },
-    "agents_backward": {
-        (64, 1024): Blocks(128, 64, 8, 2, 1), (128, 1024): Blocks(64, 64, 8, 2, 1), (256, 1024): Blocks(64, 32, 8, 1, 1),
+    "query_tokens": {
+        (64, 1024): Blocks(64, 128, 8, 2, 1), (128, 1024): Blocks(64, 64, 4, 2, 1), (256, 1024): Blocks(32, 64, 8, 2, 1),
+    },
+    "key_tokens": {
+        (64, 1024): Blocks(64, 128, 8, 2, 1), (128, 1024): Blocks(32, 64, 4, 2, 1), (256, 1024): Blocks(32, 64, 8, 2, 1),
+    },
+    "query_agents": {
+        (64, 1024): Blocks(128, 64, 8, 2, 1), (128, 1024): Blocks(64, 32, 4, 3, 2), (256, 1024): Blocks(64, 16, 8, 2, 1),
+    },
+    "key_agents": {
+        (64, 1024): Blocks(128, 64, 8, 2, 1), (128, 1024): Blocks(128, 64, 8, 2, 1), (256, 1024): Blocks(64, 16, 8, 2, 1),
     },
 }  # fmt: skip
 # fp32 takes small blocks, its products need room
-WIDE = {
-    **dict.fromkeys(("gather", "agents_backward"), Blocks(32, 16, 4, 1, 1)),
-    **dict.fromkeys(("read", "tokens_backward"), Blocks(16, 32, 4, 1, 1)),
-    "whole_backward": Blocks(16, 16, 4, 1, 1),
-}
+WIDE = Blocks(16, 16, 4, 1, 2)
 MERGED = 16  # agents in a program that merges or sums
 
 
@@ -78,12 +85,8 @@ class Plan(NamedTuple):
 
 def blocks(kernel: str, agents: int, dim: int, wide: bool) -> Blocks | None:
     """The kernel's block sizes; None where it does not take so many agents of such a head dim."""
-    if wide:
-        block = WIDE[kernel]
-        found = block if agents <= block.agents or kernel != "whole_backward" else None
-    else:
-        sizes = (b for (most, count), b in BLOCKS[kernel].items() if dim <= most and agents <= count)
-        found = next(sizes, None)
+    sizes = (b for (most, count), b in BLOCKS[kernel].items() if dim <= most and agents <= count)
+    found = next(sizes, None) if not wide else WIDE if agents <= WIDE.agents or "whole" not in kernel else None
     return None if found is None else found._replace(agents=min(found.agents, _padded(agents)))
 
 
@@ -108,7 +111,7 @@ def plan(
     block = blocks(kernel, agents, dim, wide)
     assert block is not None  # asked before
     tiles, programs = -(-agents // block.agents), block.programs * multiprocessors(device)
-    if kernel == "tokens_backward" or (kernel == "read" and tiles > 1):
+    if "tokens" in kernel or (kernel == "read" and tiles > 1):
         tiles, chunk = 1, block.tokens
     else:
         tiles = 1 if kernel == "read" else tiles
@@ -129,7 +132,7 @@ def _plan(kernel: str, x: Tensor, heads: int, agents: Tensor, rank: int, *read: 
 
 def whole(agents: int, q: Tensor) -> bool:
     """Whether one pass makes all gradients of a side."""
-    return blocks("whole_backward", agents, q.shape[-1], q.element_size() == 4) is not None
+    return blocks("query_whole", agents, q.shape[-1], q.element_size() == 4) is not None
 
 
 def _bias(table: Tensor | None, weights: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, int, int]:
@@ -211,7 +214,7 @@ def _side(
     one_pass = whole(count, x)
     rest = (*x.stride()[:3], *y.stride()[:3], *agents.stride()[:3], stride)
     if not one_pass:
-        first = _plan("tokens_backward", x, heads, agents, rank, y, agents)
+        first = _plan("key_tokens" if keys else "query_tokens", x, heads, agents, rank, y, agents)
         launch(
             triton_kernels.tokens_backward_kernel, first.grid,
             (x, y, agents, c, table, weights, lse, delta, out, dx, dy, tokens, heads, heads // x.shape[2], scale,
@@ -254,19 +257,20 @@ def backward(
     count, group = agents.shape[1], heads // k.shape[2]
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    name = "whole_backward" if whole(count, q) else "agents_backward"
+    one_pass = whole(count, q)
     if out is None:
         out = q  # nobody reads it
     elif shortcut:
         out = torch.sub(out, repeat_heads(v, heads), alpha=shortcut)
     budget = SCRATCH * (3 * q.numel() + 4 * k.numel()) * q.element_size() / 2
     ranks = [0 if t is None else _padded(t.shape[-1]) for t in (query_table, key_table)]
-    query_run = _plan(name, q, heads, agents, ranks[0], grad, budget=budget)
-    key_run = _plan(name, k, heads, agents, ranks[1], v, budget=budget)
+    query_name, key_name = ("query_whole", "key_whole") if one_pass else ("query_agents", "key_agents")
+    query_run = _plan(query_name, q, heads, agents, ranks[0], grad, budget=budget)
+    key_run = _plan(key_name, k, heads, agents, ranks[1], v, budget=budget)
     slots = [-(-x.shape[1] // run.chunk) for x, run in ((q, query_run), (k, key_run))]
     wide = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty((batch, heads, sum(slots), count, dim), **wide)
-    deltas = torch.empty((batch, heads, tokens) if name == "agents_backward" else 0, **wide)
+    deltas = torch.empty(0 if one_pass else (batch, heads, tokens), **wide)
     dq, _, dc, dquery_table = _side(
         query_run, False, q, grad, agents, gathered, query_table, query_weights, agent_scale, lse, deltas, out,
         Sums(partial, 0),

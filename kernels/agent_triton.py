@@ -243,6 +243,8 @@ def whole_backward_kernel(
     yb, ys, yh = _aligned(yb, ALIGN), _aligned(ys, ALIGN), _aligned(yh, ALIGN)
     X += b * xb + (h // group) * xh
     Y += b * yb + (h // group) * yh
+    DX += (b * tokens * heads + h) * D
+    DY += (b * tokens * heads + h) * D
     bh = bh.to(tl.int64)
     a = _load(A + b * ab + h * ah, 0, an, agents, cols, N, D, False)
     c = _load(C + bh * (N * D), 0, D, agents, cols, N, D, False)
@@ -262,26 +264,25 @@ def whole_backward_kernel(
         x = _load(X, at, xs, rows, cols, left, D, True)
         y = _load(Y, at, ys, rows, cols, left, D, True)
         w = _weights(W, at, rows, left, x, R, True)
+        place = rows[:, None] * (heads * D) + cols[None, :]
+        there = (rows < left)[:, None] & (cols < D)[None, :]
         s = _scores(x, a, w, t, R) * (scale * LOG2E)
-        dp = _product(y, c)
         if KEYS:
             p = _exp2(s - lse)
+            dy = tl.dot(p.to(x.dtype), c, input_precision="ieee")
+            tl.store(DY + at * heads * D + place, dy.to(x.dtype), mask=there)
+            dp = _product(y, c)
         else:
             if N < BN:
                 s = tl.where((agents < N)[None, :], s, float("-inf"))
             p = _exp2(s - tl.max(s, 1)[:, None])
             p = p * (1.0 / tl.sum(p, 1))[:, None]
+            dc = _dot(tl.trans(p.to(x.dtype)), y, dc)
+            dp = _product(y, c)
             delta = tl.sum(p * dp, 1)[:, None]
         ds = (p * (dp - delta)).to(x.dtype)
-        p = p.to(x.dtype)
-        place = (b * tokens * heads + h) * D + at * heads * D + (rows[:, None] * (heads * D) + cols[None, :])
-        there = (rows < left)[:, None] & (cols < D)[None, :]
         dx = tl.dot(ds, a, input_precision="ieee") * scale
-        tl.store(DX + place, dx.to(x.dtype), mask=there)
-        if KEYS:
-            tl.store(DY + place, tl.dot(p, c, input_precision="ieee").to(x.dtype), mask=there)
-        else:
-            dc = _dot(tl.trans(p), y, dc)
+        tl.store(DX + at * heads * D + place, dx.to(x.dtype), mask=there)
         da = _dot(tl.trans(ds), x, da)
         if R > 0:
             dt = _dot(tl.trans(ds), w, dt)
