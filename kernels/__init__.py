@@ -17,7 +17,8 @@ if __name__ == "kernels":
     else:
         __version__ = "0"
 else:
-    from .agent import agent_attention, bias_factors, pool_agents, resize_bias
+    from .agent import agent_attention, bias_factors, resize_bias
+    from .agent_pool import pool_agents
     from .depthwise import depthwise_conv
     from .linear import linear_attention
     from .pool import pool_grid

@@ -1,8 +1,8 @@
 """Agent attention (arXiv 2312.08874): a few agents gather from all keys, every query reads the agents.
 
-Pooling agents from the grid and resizing position biases to it are both linear in the grid's tokens. So each is one
-matrix that depends on the grid alone, made by an op that reads a grid in a tensor when it runs, not when it is traced
-(whole-model `torch.compile` of FLUX), and a product that autograd knows.
+Resizing position biases to the grid is linear in small tables. So it is one matrix that depends on the grid alone, made
+by an op that reads a grid in a tensor when it runs, not when it is traced (whole-model `torch.compile` of FLUX), and a
+product, which the kernels take as two factors.
 """
 
 import math
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .agent_launch import agent_attention_op, forward, forward_with_gradients
+from .agent_pool import grid_sizes
 from .backend import why_not_triton
-from .checks import Bias, check_agents, check_grid, dense_bias, repeat_heads
-from .reference import agent_grid
+from .checks import Bias, check_agents, dense_bias, repeat_heads
 
 MAX_AGENTS = 1024
 MAX_RANK = 64
@@ -107,30 +107,6 @@ def _in_torch(
     return torch.add(out, values, alpha=shortcut) if shortcut else out
 
 
-def pool_agents(x: Tensor, *, grid: Sequence[int] | Tensor, agents: int | Sequence[int]) -> Tensor:
-    """Means over the cells of an even division of the grid (adaptive average pooling), row by row.
-
-    Args:
-        x: `[B, N, H, D]`, the grid row by row.
-        grid: `(h, w)` or `(frames, h, w)`, or an int64 tensor of these on the CPU.
-        agents: cells along each axis; one number is their total, divided as `agent_grid` does. An axis with more
-            cells than tokens repeats tokens.
-
-    Returns:
-        `[B, n, H, D]`, n the product of the cells.
-
-    Raises:
-        ValueError: a grid that does not match N, cells for another number of axes, more cells than tokens.
-    """
-    cells = [agents] if isinstance(agents, int) else list(agents)
-    if min(cells) < 1 or math.prod(cells) > x.shape[1]:
-        raise ValueError(f"agents={agents!r} must be positive and no more than the {x.shape[1]} tokens.")
-    device_grid, sizes = (grid, []) if isinstance(grid, Tensor) else (None, list(grid))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weights = _pool_op(device_grid, sizes, cells, x.shape[1], wide, x.device)
-    return torch.einsum("pn,bnhd->bphd", weights, x.to(wide)).to(x.dtype)
-
-
 def bias_factors(
     table: Tensor, *, grid: Sequence[int] | Tensor, tokens: int, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -165,19 +141,6 @@ def resize_bias(table: Tensor, *, grid: Sequence[int] | Tensor, tokens: int) -> 
 
 
 @lru_cache(maxsize=8)
-def _pool_weights(grid: tuple[int, ...], agents: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[n, N]`: cell c of an axis covers tokens floor(c N / n) to ceil((c + 1) N / n), as PyTorch's pooling does."""
-    cells = agent_grid(agents[0] if len(agents) == 1 else agents, grid)
-    with torch.inference_mode(False):  # the cache outlives an inference-mode caller
-        weights = torch.ones(1, 1, dtype=dtype)
-        for length, count in zip(grid, cells, strict=True):
-            cell, token = torch.arange(count)[:, None], torch.arange(length)
-            inside = (token >= cell * length // count) & (token < -(-(cell + 1) * length // count))
-            weights = torch.kron(weights, inside / inside.sum(dim=1, keepdim=True).to(dtype))
-        return weights.to(device)
-
-
-@lru_cache(maxsize=8)
 def _resize_weights(grid: tuple[int, ...], table: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[N, rows * columns and zeros]`: every entry of a table resized by itself."""
     with torch.inference_mode(False):
@@ -191,38 +154,6 @@ def _rank(table: Sequence[int]) -> int:
     return max(16, 1 << (math.prod(table) - 1).bit_length())
 
 
-def _sizes(device_grid: Tensor | None, sizes: Sequence[int], tokens: int) -> tuple[int, ...]:
-    return check_grid(sizes if device_grid is None else device_grid.tolist(), tokens, 0, None, 0)
-
-
-# Clones, since whoever compiles the graph may reuse the memory of what an op returned.
-
-
-@torch.library.custom_op("linfusion::agent_weights", mutates_args=())
-def _pool_op(
-    device_grid: Tensor | None,
-    sizes: Sequence[int],
-    agents: Sequence[int],
-    tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    grid = _sizes(device_grid, sizes, tokens)
-    return _pool_weights(grid, tuple(agents), dtype, device).clone()
-
-
-@_pool_op.register_fake
-def _(
-    device_grid: Tensor | None,
-    sizes: Sequence[int],
-    agents: Sequence[int],
-    tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    return torch.empty((math.prod(agents), tokens), dtype=dtype, device=device)
-
-
 @torch.library.custom_op("linfusion::resize_weights", mutates_args=())
 def _resize_op(
     device_grid: Tensor | None,
@@ -232,7 +163,7 @@ def _resize_op(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    return _resize_weights(_sizes(device_grid, sizes, tokens), tuple(table), dtype, device).clone()
+    return _resize_weights(grid_sizes(device_grid, sizes, tokens), tuple(table), dtype, device).clone()
 
 
 @_resize_op.register_fake

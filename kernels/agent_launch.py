@@ -53,16 +53,20 @@ BLOCKS = {
         (128, 64): Blocks(64, 32, 8, 2, 1), (256, 64): Blocks(64, 32, 8, 1, 1),
     },
     "query_tokens": {
-        (64, 1024): Blocks(64, 128, 8, 2, 1), (128, 1024): Blocks(64, 64, 4, 2, 1), (256, 1024): Blocks(32, 64, 8, 2, 1),
+        (64, 1024): Blocks(64, 128, 8, 2, 1), (128, 1024): Blocks(64, 64, 4, 2, 1),
+        (256, 1024): Blocks(32, 64, 8, 2, 1),
     },
     "key_tokens": {
-        (64, 1024): Blocks(64, 128, 8, 2, 1), (128, 1024): Blocks(32, 64, 4, 2, 1), (256, 1024): Blocks(32, 64, 8, 2, 1),
+        (64, 1024): Blocks(64, 128, 8, 2, 1), (128, 1024): Blocks(32, 64, 4, 2, 1),
+        (256, 1024): Blocks(32, 64, 8, 2, 1),
     },
     "query_agents": {
-        (64, 1024): Blocks(128, 64, 8, 2, 1), (128, 1024): Blocks(64, 32, 4, 3, 2), (256, 1024): Blocks(64, 16, 8, 2, 1),
+        (64, 1024): Blocks(128, 64, 8, 2, 1), (128, 1024): Blocks(64, 32, 4, 3, 2),
+        (256, 1024): Blocks(64, 16, 8, 2, 1),
     },
     "key_agents": {
-        (64, 1024): Blocks(128, 64, 8, 2, 1), (128, 1024): Blocks(128, 64, 8, 2, 1), (256, 1024): Blocks(64, 16, 8, 2, 1),
+        (64, 1024): Blocks(128, 64, 8, 2, 1), (128, 1024): Blocks(128, 64, 8, 2, 1),
+        (256, 1024): Blocks(64, 16, 8, 2, 1),
     },
 }  # fmt: skip
 # fp32 takes small blocks, its products need room
@@ -86,7 +90,10 @@ class Plan(NamedTuple):
 def blocks(kernel: str, agents: int, dim: int, wide: bool) -> Blocks | None:
     """The kernel's block sizes; None where it does not take so many agents of such a head dim."""
     sizes = (b for (most, count), b in BLOCKS[kernel].items() if dim <= most and agents <= count)
-    found = next(sizes, None) if not wide else WIDE if agents <= WIDE.agents or "whole" not in kernel else None
+    found = next(sizes, None)
+    if wide:
+        found = WIDE._replace(warps=4 if dim <= 64 else 8)
+        found = found if agents <= WIDE.agents or "whole" not in kernel else None
     return None if found is None else found._replace(agents=min(found.agents, _padded(agents)))
 
 
@@ -192,7 +199,7 @@ def forward(
 
 
 class Sums(NamedTuple):
-    """Partial sums of the agents' gradient from both sides, `[B, H, slots, n, D]` in fp32, and where this side's begin."""
+    """Partial sums of the agents' gradient, `[B, H, slots, n, D]` in fp32, and the first slot of this side."""
 
     partial: Tensor
     slot: int
@@ -322,7 +329,11 @@ def agent_attention_backward_op(
         agent_scale, shortcut,
     )  # fmt: skip
     none = q.new_empty(0)  # operators return tensors only
-    return *gradients, none if dkey_table is None else dkey_table, none.clone() if dquery_table is None else dquery_table
+    return (
+        *gradients,
+        none if dkey_table is None else dkey_table,
+        none.clone() if dquery_table is None else dquery_table,
+    )
 
 
 @agent_attention_backward_op.register_fake

@@ -127,11 +127,11 @@ def merge_kernel(
     bh = tl.program_id(1).to(tl.int64)
     cols, agents = tl.arange(0, BD), tl.program_id(0) * BN + tl.arange(0, BN)
     top = tl.full((BN,), float("-inf"), tl.float32)
-    for part in range(0, parts):
+    for part in range(parts):
         top = tl.maximum(top, tl.load(LSES + (bh * parts + part) * N + agents, mask=agents < N, other=0.0))
     total = tl.zeros((BN,), tl.float32)
     out = tl.zeros((BN, BD), tl.float32)
-    for part in range(0, parts):
+    for part in range(parts):
         record = (bh * parts + part) * N
         mass = _exp2(tl.load(LSES + record + agents, mask=agents < N, other=0.0) - top)
         place, there = _rows(PARTS, record, agents, N, D, cols)
@@ -299,14 +299,14 @@ def whole_backward_kernel(
 
 @triton.jit
 def tokens_backward_kernel(
-    X, Y, A, C, T, W, LSE, DELTA, O, DX, DY, tokens, heads, group, scale,
+    X, Y, A, C, T, W, LSE, DELTA, OUT, DX, DY, tokens, heads, group, scale,
     xb, xs, xh, yb, ys, yh, ab, an, ah, th,
     N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
     STAGES: tl.constexpr, ALIGN: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BS tokens, `[B, S, H, D]`, tiles of agents passing by: grid (blocks, B * H).
 
-    O is the output, of which queries make their DELTA, for `agents_backward_kernel` too.
+    OUT is what forward returned, of which queries make their DELTA, for `agents_backward_kernel` too.
     """
     bh = tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -330,7 +330,7 @@ def tokens_backward_kernel(
         DELTA += bh * N
         dy = tl.zeros((BS, BD), tl.float32)
     else:
-        o = tl.load(O + place, mask=there, other=0.0)
+        o = tl.load(OUT + place, mask=there, other=0.0)
         lse = tl.load(LSE + bh * tokens + at + rows, mask=rows < left, other=0.0)[:, None]
         delta = tl.sum(y.to(tl.float32) * o.to(tl.float32), 1)
         tl.store(DELTA + bh * tokens + at + rows, delta, mask=rows < left)
@@ -424,7 +424,7 @@ def sum_kernel(
     bh = tl.program_id(1).to(tl.int64)
     cols, agents = tl.arange(0, BD), tl.program_id(0) * BN + tl.arange(0, BN)
     total = tl.zeros((BN, BD), tl.float32)
-    for part in range(0, parts):
+    for part in range(parts):
         place, there = _rows(PARTS, (bh * parts + part) * N, agents, N, D, cols)
         total += tl.load(place, mask=there, other=0.0)
     place, there = _rows(C, bh * N, agents, N, D, cols)
