@@ -18,8 +18,8 @@ from .launch import launch
 if HAS_TRITON:
     from . import agent_triton as triton_kernels
 
-# partial sums may take this share of inputs and outputs together
-SCRATCH = 0.04
+# partial sums may take this share of inputs and outputs together, and in any case so many bytes, which stay in the cache
+SCRATCH, CACHED = 0.04, 2**23
 
 
 class Blocks(NamedTuple):
@@ -123,7 +123,7 @@ def plan(
     else:
         tiles = 1 if kernel == "read" else tiles
         record = 4 * agents * (dim if kernel == "gather" else 2 * dim + rank)
-        most = tokens if kernel == "read" else budget / (batch * heads * record)
+        most = tokens if kernel == "read" else max(budget, CACHED) / (batch * heads * record)
         wanted = max(1, int(min(programs // (batch * heads * tiles), most)))
         chunk = -(-tokens // (wanted * block.tokens)) * block.tokens
     settings = {"N": agents, "D": dim, "BD": _padded(dim), "BN": block.agents, "BS": block.tokens, "R": rank}

@@ -331,7 +331,7 @@ def tokens_backward_kernel(
         dy = tl.zeros((BS, BD), tl.float32)
     else:
         o = tl.load(OUT + place, mask=there, other=0.0)
-        lse = tl.load(LSE + bh * tokens + at + rows, mask=rows < left, other=0.0)[:, None]
+        lse = tl.load(LSE + bh * tokens + at + rows, mask=rows < left, other=float("inf"))[:, None]
         delta = tl.sum(y.to(tl.float32) * o.to(tl.float32), 1)
         tl.store(DELTA + bh * tokens + at + rows, delta, mask=rows < left)
         delta = delta[:, None]
@@ -377,7 +377,7 @@ def agents_backward_kernel(
     c = _load(C + bh * (N * D), 0, D, agents, cols, N, D, False)
     t = _table(T + h * th, agents, N, a, scale, R)
     if KEYS:
-        lse = tl.load(LSE + bh * N + agents, mask=agents < N, other=0.0)[:, None]
+        lse = tl.load(LSE + bh * N + agents, mask=agents < N, other=float("inf"))[:, None]
         delta = tl.load(DELTA + bh * N + agents, mask=agents < N, other=0.0)[:, None]
     else:
         LSE += bh * tokens
@@ -427,9 +427,10 @@ def sum_kernel(
     for part in range(parts):
         place, there = _rows(PARTS, (bh * parts + part) * N, agents, N, D, cols)
         total += tl.load(place, mask=there, other=0.0)
-    place, there = _rows(C, bh * N, agents, N, D, cols)
-    if DELTAS:
+    total = total.to(OUT.dtype.element_ty)
+    if DELTAS:  # of what is stored, rounded: then the weights' gradients add up to zero
+        place, there = _rows(C, bh * N, agents, N, D, cols)
         c = tl.load(place, mask=there, other=0.0).to(tl.float32)
-        tl.store(DELTA + bh * N + agents, tl.sum(total * c, 1), mask=agents < N)
+        tl.store(DELTA + bh * N + agents, tl.sum(total.to(tl.float32) * c, 1), mask=agents < N)
     to = OUT + (bh // heads) * ob + (bh % heads) * oh + agents[:, None] * on + cols[None, :]
-    tl.store(to, total.to(OUT.dtype.element_ty), mask=there)
+    tl.store(to, total, mask=(agents < N)[:, None] & (cols < D)[None, :])
