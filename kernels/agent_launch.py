@@ -18,7 +18,7 @@ from .launch import launch
 if HAS_TRITON:
     from . import agent_triton as triton_kernels
 
-# partial sums may take this share of inputs and outputs together, and in any case so many bytes, which stay in the cache
+# partial sums may take this share of inputs and outputs together, or so many bytes, which stay in the cache
 SCRATCH, CACHED = 0.04, 2**23
 
 
