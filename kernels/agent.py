@@ -75,7 +75,8 @@ def agent_attention(
 def _why_not(
     q: Tensor, k: Tensor, v: Tensor, agents: Tensor, scale: float, agent_scale: float, *biases: Bias | None
 ) -> str | None:
-    lacking, factors = None, []
+    lacking: str | None = None
+    factors: list[Tensor] = []
     for bias in biases:
         if isinstance(bias, Tensor):
             lacking = "its kernels take biases in two factors (bias_factors), not dense ones"

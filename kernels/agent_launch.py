@@ -163,15 +163,15 @@ def forward(
     `[B, H, S]` in fp32, the last one empty where gradients make it again or none are wanted.
     """
     (batch, tokens, heads, dim), (length, kv_heads), count = q.shape, k.shape[1:3], agents.shape[1]
-    group, wide = heads // kv_heads, {"dtype": torch.float32, "device": q.device}
+    group, fp32 = heads // kv_heads, functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     gathered = torch.empty((batch, heads, count, dim), dtype=q.dtype, device=q.device)
-    mass = torch.empty((batch, heads, count), **wide)
+    mass = fp32((batch, heads, count))
     table, weights, stride, rank = _bias(key_table, key_weights, q)
     budget = SCRATCH * 2 * (q.numel() + k.numel()) * q.element_size()
     run = _plan("gather", k, heads, agents, rank, v, budget=budget)
     parts = -(-length // run.chunk)
     piece, pieces = (gathered, mass) if parts == 1 else (
-        torch.empty((batch, heads, parts, count, dim), **wide), torch.empty((batch, heads, parts, count), **wide)
+        fp32((batch, heads, parts, count, dim)), fp32((batch, heads, parts, count))
     )  # fmt: skip
     launch(
         triton_kernels.gather_kernel, run.grid,
@@ -186,7 +186,7 @@ def forward(
         )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     keep = differentiate and not whole(count, q)
-    lse = torch.empty((batch, heads, tokens) if keep else 0, **wide)
+    lse = fp32((batch, heads, tokens) if keep else 0)
     table, weights, stride, rank = _bias(query_table, query_weights, q)
     run = _plan("read", q, heads, agents, rank, agents, v)
     launch(
@@ -211,13 +211,13 @@ def _side(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of x, of y (of keys), of c as partial sums (of queries) and of the table: see `agent_triton`."""
     (batch, tokens), (count, heads, dim) = x.shape[:2], agents.shape[1:]
-    wide, given = {"dtype": torch.float32, "device": x.device}, table
+    fp32, given = functools.partial(torch.empty, dtype=torch.float32, device=x.device), table
     dx = torch.empty((batch, tokens, heads, dim), dtype=x.dtype, device=x.device)
     dy = torch.empty_like(dx) if keys else dx
     parts = -(-tokens // run.chunk)
-    dc = delta if keys else torch.empty((batch, heads, parts, count, dim), **wide)
+    dc = delta if keys else fp32((batch, heads, parts, count, dim))
     table, weights, stride, rank = _bias(table, weights, x)
-    dtable = torch.empty((batch, heads, parts, count, rank), **wide)
+    dtable = fp32((batch, heads, parts, count, rank))
     one_pass = whole(count, x)
     rest = (*x.stride()[:3], *y.stride()[:3], *agents.stride()[:3], stride)
     if not one_pass:
@@ -275,9 +275,9 @@ def backward(
     query_run = _plan(query_name, q, heads, agents, ranks[0], grad, budget=budget)
     key_run = _plan(key_name, k, heads, agents, ranks[1], v, budget=budget)
     slots = [-(-x.shape[1] // run.chunk) for x, run in ((q, query_run), (k, key_run))]
-    wide = {"dtype": torch.float32, "device": q.device}
-    partial = torch.empty((batch, heads, sum(slots), count, dim), **wide)
-    deltas = torch.empty(0 if one_pass else (batch, heads, tokens), **wide)
+    fp32 = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    partial = fp32((batch, heads, sum(slots), count, dim))
+    deltas = fp32(0 if one_pass else (batch, heads, tokens))
     dq, _, dc, dquery_table = _side(
         query_run, False, q, grad, agents, gathered, query_table, query_weights, agent_scale, lse, deltas, out,
         Sums(partial, 0),
@@ -328,12 +328,9 @@ def agent_attention_backward_op(
         grad, q, k, v, agents, key_table, key_weights, query_table, query_weights, out, gathered, mass, lse, scale,
         agent_scale, shortcut,
     )  # fmt: skip
-    none = q.new_empty(0)  # operators return tensors only
-    return (
-        *gradients,
-        none if dkey_table is None else dkey_table,
-        none.clone() if dquery_table is None else dquery_table,
-    )
+    # operators return tensors only
+    tables = (q.new_empty(0) if d is None else d for d in (dkey_table, dquery_table))
+    return *gradients, *tables  # type: ignore[return-value]
 
 
 @agent_attention_backward_op.register_fake
@@ -352,8 +349,8 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     out, gathered, mass, lse = output
     ctx.settings = scale, agent_scale, shortcut
     # a single pass needs no output, and keeping it would keep its memory
-    out = None if whole(agents.shape[1], q) else out
-    ctx.save_for_backward(q, k, v, agents, *factors, out, gathered, mass, lse)
+    kept = None if whole(agents.shape[1], q) else out
+    ctx.save_for_backward(q, k, v, agents, *factors, kept, gathered, mass, lse)
     ctx.mark_non_differentiable(gathered, mass, lse)
     ctx.set_materialize_grads(False)
 
@@ -362,10 +359,10 @@ def _backward(run: Callable[..., tuple], ctx: Any, grad: Tensor | None, *_: Any)
     if grad is None:
         return (None,) * 11
     *gradients, dkey_table, dquery_table = run(grad, *ctx.saved_tensors, *ctx.settings)
-    tables = ctx.saved_tensors[4], ctx.saved_tensors[6]
-    dkey_table, dquery_table = (
-        None if t is None else g for t, g in zip(tables, (dkey_table, dquery_table), strict=True)
-    )
+    if ctx.saved_tensors[4] is None:
+        dkey_table = None
+    if ctx.saved_tensors[6] is None:
+        dquery_table = None
     return *gradients, dkey_table, None, dquery_table, None, None, None, None
 
 

@@ -4,6 +4,7 @@ A grid is (frames, h, w). Cell c of n along an axis of L tokens has those from f
 that cells overlap where n does not divide L.
 """
 
+# mypy: ignore-errors
 import triton
 import triton.language as tl
 

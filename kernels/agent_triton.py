@@ -12,6 +12,7 @@ va being what the agents gathered. Where all agents fit a tile one pass makes al
 tokens makes the first and one over agents the second. Logarithms are in base 2. `bench/NOTES.md` has the arithmetic.
 """
 
+# mypy: ignore-errors
 import triton
 import triton.language as tl
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,16 +51,16 @@ class Agent(Op):
         return 4 if direction == "forward" else 7
 
     def inputs(self, case: Case, device: torch.device) -> dict[str, Tensor]:
-        shape, options = case.shape, {"device": device, "dtype": case.dtype}
+        shape, random = case.shape, partial(torch.randn, device=device, dtype=case.dtype)
         made = random_qkv(case, device)
         agents = shape.get("a")
-        made["agents"] = torch.randn(shape.batch, agents, shape.heads, shape.dim, **options).requires_grad_()
+        made["agents"] = random(shape.batch, agents, shape.heads, shape.dim).requires_grad_()
         if shape.get("c"):
             channels, size = shape.heads * shape.dim, shape.get("c")
-            made["weight"] = (torch.randn(channels, size, size, **options) / size).requires_grad_()
-            made["bias"] = torch.randn(channels, **options).requires_grad_()
+            made["weight"] = (random(channels, size, size) / size).requires_grad_()
+            made["bias"] = random(channels).requires_grad_()
         if shape.get("bias"):
-            tables = torch.randn(2, shape.heads, agents, 7, 7, **options)
+            tables = random(2, shape.heads, agents, 7, 7)
             made["key_table"], made["token_weights"] = bias_factors(
                 tables[0], grid=shape.get("g"), tokens=shape.tokens, dtype=case.dtype
             )
@@ -107,7 +108,7 @@ def _take(take: Callable[[str, Tensor], Tensor], head: int, name: str, x: Tensor
     return x[head : head + 1] if name in TABLES else take(name, x)
 
 
-def _settings(case: Case) -> dict[str, float]:
+def _settings(case: Case) -> dict[str, Any]:
     if not case.shape.get("sd"):
         return {}
     return {"agent_scale": case.shape.dim ** (-0.5 * SHARPER), "shortcut": SHORTCUT}
@@ -116,7 +117,7 @@ def _settings(case: Case) -> dict[str, float]:
 def _call(
     attend: Callable[..., Tensor], conv: Callable[..., Tensor] | None, *, q: Tensor, k: Tensor, v: Tensor,
     agents: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, token_weights: Tensor | None = None,
-    key_table: Tensor | None = None, query_table: Tensor | None = None, **settings: float,
+    key_table: Tensor | None = None, query_table: Tensor | None = None, **settings: Any,
 ) -> Tensor:  # fmt: skip
     biases = {}
     if token_weights is not None:
@@ -166,7 +167,7 @@ class Pool(Grid):
         grid = small_grid(tokens)
         return shrunk(case, grid[0] * grid[1], g=grid, a=min(case.shape.get("a"), grid[0] * grid[1] // 4))
 
-    def _cells(self, case: Case) -> tuple[int, ...]:
+    def _cells(self, case: Case) -> Any:
         return reference.agent_grid(case.shape.get("a"), case.shape.get("g"))
 
     def _call(self, case: Case, pool: Callable[..., Tensor]) -> Call:
