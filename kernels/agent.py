@@ -18,7 +18,6 @@ from .agent_pool import grid_sizes
 from .backend import why_not_triton
 from .checks import Bias, check_agents, dense_bias, repeat_heads
 
-MAX_AGENTS = 1024
 MAX_RANK = 64
 
 
@@ -37,8 +36,8 @@ def agent_attention(
     """`softmax(agent_scale q A^T + query_bias) softmax(scale A k^T + key_bias) v + shortcut v`.
 
     The cost is tokens x agents. On a GPU, four passes over `[B, S, H, D]` forward and, up to 128 agents of head dim 64
-    or 64 of 128, seven backward, in Triton; more than 1024 agents, dense biases, scales that are not positive and
-    gradients of a bias's weights are computed by PyTorch.
+    or 64 of 128, seven backward, in Triton; dense biases, scales that are not positive and gradients of a bias's
+    weights are computed by PyTorch.
 
     Args:
         q, k, v: `[B, S, H, D]`, rotated already; k and v may have another length and fewer heads than q.
@@ -86,8 +85,6 @@ def _why_not(
                 lacking = "gradients of a bias's weights are computed by PyTorch"
             if bias[0].shape[-1] > MAX_RANK:
                 lacking = f"its kernels take biases with up to {MAX_RANK} columns, not {bias[0].shape[-1]}"
-    if agents.shape[1] > MAX_AGENTS:
-        lacking = f"its kernels take up to {MAX_AGENTS} agents, not {agents.shape[1]}"
     if not min(scale, agent_scale) > 0:
         lacking = f"its kernels take positive scales, not {scale} and {agent_scale}"
     if q.numel() == 0 or k.numel() == 0:

@@ -32,20 +32,22 @@ class Blocks(NamedTuple):
     programs: int
 
 
-# by kernel, largest head dim and largest number of agents, for 16-bit inputs; none of these spills on sm_90
+MANY = 2**31
+# by kernel, largest head dim and largest number of agents, for 16-bit inputs; chosen by what sm_90 has registers for
+# (none spills, with a bias or without), not yet by time
 BLOCKS = {
     "gather": {
-        (64, 64): Blocks(64, 128, 4, 3, 3), (64, 1024): Blocks(128, 64, 8, 3, 2),
-        (128, 64): Blocks(64, 64, 4, 3, 2), (128, 1024): Blocks(128, 64, 8, 3, 1),
-        (256, 1024): Blocks(64, 32, 8, 2, 1),
+        (64, 64): Blocks(64, 128, 4, 3, 3), (64, MANY): Blocks(128, 64, 8, 3, 2),
+        (128, 64): Blocks(64, 64, 4, 3, 2), (128, MANY): Blocks(128, 64, 8, 3, 1),
+        (256, MANY): Blocks(64, 32, 8, 2, 1),
     },
     "read": {
-        (64, 64): Blocks(64, 64, 4, 4, 4), (64, 128): Blocks(128, 64, 4, 3, 3), (64, 1024): Blocks(64, 128, 8, 3, 2),
+        (64, 64): Blocks(64, 64, 4, 4, 4), (64, 128): Blocks(128, 64, 4, 3, 3), (64, MANY): Blocks(64, 128, 8, 3, 2),
         (128, 64): Blocks(64, 64, 4, 3, 2), (128, 128): Blocks(128, 64, 4, 2, 2),
-        (128, 1024): Blocks(64, 128, 8, 3, 1), (256, 64): Blocks(64, 64, 8, 2, 1), (256, 1024): Blocks(32, 64, 8, 2, 1),
+        (128, MANY): Blocks(64, 128, 8, 3, 1), (256, 64): Blocks(64, 64, 8, 2, 1), (256, MANY): Blocks(32, 64, 8, 2, 1),
     },
     "query_whole": {
-        (64, 64): Blocks(64, 64, 4, 2, 2), (64, 128): Blocks(128, 32, 8, 2, 1),
+        (64, 64): Blocks(64, 32, 4, 2, 2), (64, 128): Blocks(128, 32, 8, 2, 1),
         (128, 64): Blocks(64, 64, 8, 2, 1), (256, 64): Blocks(64, 32, 8, 1, 1),
     },
     "key_whole": {
@@ -53,20 +55,20 @@ BLOCKS = {
         (128, 64): Blocks(64, 32, 8, 2, 1), (256, 64): Blocks(64, 32, 8, 1, 1),
     },
     "query_tokens": {
-        (64, 1024): Blocks(64, 128, 8, 2, 1), (128, 1024): Blocks(64, 64, 4, 2, 1),
-        (256, 1024): Blocks(32, 64, 8, 2, 1),
+        (64, MANY): Blocks(64, 128, 8, 2, 1), (128, MANY): Blocks(64, 64, 4, 2, 1),
+        (256, MANY): Blocks(32, 64, 8, 2, 1),
     },
     "key_tokens": {
-        (64, 1024): Blocks(64, 128, 8, 2, 1), (128, 1024): Blocks(32, 64, 4, 2, 1),
-        (256, 1024): Blocks(32, 64, 8, 2, 1),
+        (64, MANY): Blocks(64, 128, 8, 2, 1), (128, MANY): Blocks(32, 64, 4, 2, 1),
+        (256, MANY): Blocks(32, 64, 8, 2, 1),
     },
     "query_agents": {
-        (64, 1024): Blocks(128, 64, 8, 2, 1), (128, 1024): Blocks(64, 32, 4, 3, 2),
-        (256, 1024): Blocks(64, 16, 8, 2, 1),
+        (64, MANY): Blocks(128, 64, 8, 2, 1), (128, MANY): Blocks(64, 32, 4, 2, 2),
+        (256, MANY): Blocks(64, 16, 8, 2, 1),
     },
     "key_agents": {
-        (64, 1024): Blocks(128, 64, 8, 2, 1), (128, 1024): Blocks(128, 64, 8, 2, 1),
-        (256, 1024): Blocks(64, 16, 8, 2, 1),
+        (64, MANY): Blocks(128, 64, 8, 2, 1), (128, MANY): Blocks(128, 64, 8, 2, 1),
+        (256, MANY): Blocks(64, 16, 8, 2, 1),
     },
 }  # fmt: skip
 # fp32 takes small blocks, its products need room
@@ -84,7 +86,7 @@ class Plan(NamedTuple):
     @property
     def shared(self) -> dict[str, Any]:
         """Constants of the kernels that add up what this one leaves."""
-        return {n: self.settings[n] for n in ("N", "D", "BD")} | {"BN": MERGED}
+        return {n: self.settings[n] for n in ("D", "BD")} | {"BN": MERGED}
 
 
 def blocks(kernel: str, agents: int, dim: int, wide: bool) -> Blocks | None:
@@ -126,7 +128,7 @@ def plan(
         most = tokens if kernel == "read" else max(budget, CACHED) / (batch * heads * record)
         wanted = max(1, int(min(programs // (batch * heads * tiles), most)))
         chunk = -(-tokens // (wanted * block.tokens)) * block.tokens
-    settings = {"N": agents, "D": dim, "BD": _padded(dim), "BN": block.agents, "BS": block.tokens, "R": rank}
+    settings = {"D": dim, "BD": _padded(dim), "BN": block.agents, "BS": block.tokens, "R": rank}
     settings |= {"STAGES": block.stages, "ALIGN": 8 if aligned else 1, "num_warps": block.warps}
     return Plan((-(-tokens // chunk) * tiles, batch * heads, 1), chunk, settings)
 
@@ -140,6 +142,11 @@ def _plan(kernel: str, x: Tensor, heads: int, agents: Tensor, rank: int, *read: 
 def whole(agents: int, q: Tensor) -> bool:
     """Whether one pass makes all gradients of a side."""
     return blocks("query_whole", agents, q.shape[-1], q.element_size() == 4) is not None
+
+
+def _filled(run: Plan, agents: int) -> dict[str, bool]:
+    """Whether agents fill all tiles: a constant, while their number is none."""
+    return {"FULL": agents % run.settings["BN"] == 0}
 
 
 def _bias(table: Tensor | None, weights: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, int, int]:
@@ -175,14 +182,14 @@ def forward(
     )  # fmt: skip
     launch(
         triton_kernels.gather_kernel, run.grid,
-        (agents, k, v, table, weights, piece, pieces, length, run.chunk, heads, group, parts, scale,
+        (agents, k, v, table, weights, piece, pieces, count, length, run.chunk, heads, group, parts, scale,
          *agents.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride),
         run.settings | {"EVEN": length % run.settings["BS"] == 0},
     )  # fmt: skip
     if parts > 1:
         launch(
             triton_kernels.merge_kernel, (-(-count // MERGED), batch * heads, 1),
-            (piece, pieces, gathered, mass, parts), run.shared | {"num_warps": 4},
+            (piece, pieces, gathered, mass, count, parts), run.shared | {"num_warps": 4},
         )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     keep = differentiate and not whole(count, q)
@@ -191,9 +198,10 @@ def forward(
     run = _plan("read", q, heads, agents, rank, agents, v)
     launch(
         triton_kernels.read_kernel, run.grid,
-        (q, agents, gathered, table, weights, v, out, lse, tokens, run.chunk, heads, group, agent_scale, shortcut,
-         *q.stride()[:3], *agents.stride()[:3], *v.stride()[:3], stride),
-        run.settings | {"LSES": keep, "SHORTCUT": shortcut != 0.0},
+        (q, agents, gathered, table, weights, v, out, lse, count, tokens, run.chunk, heads, group, agent_scale,
+         shortcut, *q.stride()[:3], *agents.stride()[:3], *v.stride()[:3], stride),
+        run.settings | _filled(run, count)
+        | {"ONE": count <= run.settings["BN"], "LSES": keep, "SHORTCUT": shortcut != 0.0},
     )  # fmt: skip
     return out, gathered, mass, lse
 
@@ -224,17 +232,17 @@ def _side(
         first = _plan("key_tokens" if keys else "query_tokens", x, heads, agents, rank, y, agents)
         launch(
             triton_kernels.tokens_backward_kernel, first.grid,
-            (x, y, agents, c, table, weights, lse, delta, out, dx, dy, tokens, heads, heads // x.shape[2], scale,
-             *rest),
-            first.settings | {"KEYS": keys},
+            (x, y, agents, c, table, weights, lse, delta, out, dx, dy, count, tokens, heads,
+             heads // x.shape[2], scale, *rest),
+            first.settings | _filled(first, count) | {"KEYS": keys},
         )  # fmt: skip
     kernel = triton_kernels.whole_backward_kernel if one_pass else triton_kernels.agents_backward_kernel
     launch(
         kernel, run.grid,
         (x, y, agents, c, table, weights, lse, delta, *((dx, dy) if one_pass else ()), sums.partial, dc, dtable,
-         tokens, run.chunk, heads, heads // x.shape[2], sums.slot, sums.partial.shape[2],
+         count, tokens, run.chunk, heads, heads // x.shape[2], sums.slot, sums.partial.shape[2],
          *(() if one_pass else (parts,)), scale, *rest),
-        run.settings | {"KEYS": keys},
+        run.settings | (_filled(run, count) if one_pass else {}) | {"KEYS": keys},
     )  # fmt: skip
     return dx, dy, dc, None if given is None else _summed(dtable, given)
 
@@ -249,7 +257,7 @@ def _sum(partial: Tensor, c: Tensor, out: Tensor, strides: tuple[int, ...], delt
     batch, heads, parts, count = partial.shape[:4]
     launch(
         triton_kernels.sum_kernel, (-(-count // MERGED), batch * heads, 1),
-        (partial, c, out, partial if delta is None else delta, parts, heads, *strides),
+        (partial, c, out, partial if delta is None else delta, count, parts, heads, *strides),
         run.shared | {"DELTAS": delta is not None, "num_warps": 4},
     )  # fmt: skip
 

@@ -61,10 +61,10 @@ def _weights(W, at, rows, left, x, R: tl.constexpr, ZEROS: tl.constexpr):
 
 
 @triton.jit
-def _table(T, agents, N: tl.constexpr, a, scale, R: tl.constexpr):
+def _table(T, agents, count, a, scale, R: tl.constexpr):
     """That of the agents, over the scale by which all is multiplied afterwards."""
     if R > 0:
-        return (_load(T, 0, R, agents, tl.arange(0, R), N, R, False).to(tl.float32) / scale).to(a.dtype)
+        return (_load(T, 0, R, agents, tl.arange(0, R), count, R, False).to(tl.float32) / scale).to(a.dtype)
     else:
         return a
 
@@ -77,23 +77,23 @@ def _rows(P, at, rows, left, D: tl.constexpr, cols):
 
 @triton.jit
 def gather_kernel(
-    A, K, V, T, W, OUT, LSE, tokens, chunk, heads, group, parts, scale,
+    A, K, V, T, W, OUT, LSE, count, tokens, chunk, heads, group, parts, scale,
     ab, an, ah, kb, ks, kh, vb, vs, vh, th,
-    N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
     STAGES: tl.constexpr, ALIGN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """BN agents gather from `chunk` keys: grid (parts * tiles, B * H). Tiles of a chunk are neighbours, so that one
     reads from memory and the others from the cache."""
-    TILES: tl.constexpr = (N + BN - 1) // BN
-    part, tile, bh = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
+    tiles = tl.cdiv(count, BN)
+    part, tile, bh = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows, cols, agents = tl.arange(0, BS), tl.arange(0, BD), tile * BN + tl.arange(0, BN)
     kb, ks, kh = _aligned(kb, ALIGN), _aligned(ks, ALIGN), _aligned(kh, ALIGN)
     vb, vs, vh = _aligned(vb, ALIGN), _aligned(vs, ALIGN), _aligned(vh, ALIGN)
     K += b * kb + (h // group) * kh
     V += b * vb + (h // group) * vh
-    a = _load(A + b * ab + h * ah, 0, an, agents, cols, N, D, False)
-    t = _table(T + h * th, agents, N, a, scale, R)
+    a = _load(A + b * ab + h * ah, 0, an, agents, cols, count, D, False)
+    t = _table(T + h * th, agents, count, a, scale, R)
     top = tl.full((BN,), float("-inf"), tl.float32)
     total = tl.zeros((BN,), tl.float32)
     out = tl.zeros((BN, BD), tl.float32)
@@ -113,34 +113,34 @@ def gather_kernel(
         v = _load(V, at, vs, rows, cols, left, D, False)
         out = _dot(p.to(v.dtype), v, out * shrink[:, None])
         top = higher
-    record = (bh.to(tl.int64) * parts + part) * N
-    place, there = _rows(OUT, record, agents, N, D, cols)
+    record = (bh.to(tl.int64) * parts + part) * count
+    place, there = _rows(OUT, record, agents, count, D, cols)
     tl.store(place, (out / total[:, None]).to(OUT.dtype.element_ty), mask=there)
-    tl.store(LSE + record + agents, top + tl.log2(total), mask=agents < N)
+    tl.store(LSE + record + agents, top + tl.log2(total), mask=agents < count)
 
 
 @triton.jit
 def merge_kernel(
-    PARTS, LSES, OUT, LSE, parts,
-    N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    PARTS, LSES, OUT, LSE, count, parts,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """What agents gathered from all chunks, weighted by the mass of each: grid (tiles, B * H)."""
     bh = tl.program_id(1).to(tl.int64)
     cols, agents = tl.arange(0, BD), tl.program_id(0) * BN + tl.arange(0, BN)
     top = tl.full((BN,), float("-inf"), tl.float32)
     for part in range(parts):
-        top = tl.maximum(top, tl.load(LSES + (bh * parts + part) * N + agents, mask=agents < N, other=0.0))
+        top = tl.maximum(top, tl.load(LSES + (bh * parts + part) * count + agents, mask=agents < count, other=0.0))
     total = tl.zeros((BN,), tl.float32)
     out = tl.zeros((BN, BD), tl.float32)
     for part in range(parts):
-        record = (bh * parts + part) * N
-        mass = _exp2(tl.load(LSES + record + agents, mask=agents < N, other=0.0) - top)
-        place, there = _rows(PARTS, record, agents, N, D, cols)
+        record = (bh * parts + part) * count
+        mass = _exp2(tl.load(LSES + record + agents, mask=agents < count, other=0.0) - top)
+        place, there = _rows(PARTS, record, agents, count, D, cols)
         total += mass
         out += mass[:, None] * tl.load(place, mask=there, other=0.0)
-    place, there = _rows(OUT, bh * N, agents, N, D, cols)
+    place, there = _rows(OUT, bh * count, agents, count, D, cols)
     tl.store(place, (out / total[:, None]).to(OUT.dtype.element_ty), mask=there)
-    tl.store(LSE + bh * N + agents, top + tl.log2(total), mask=agents < N)
+    tl.store(LSE + bh * count + agents, top + tl.log2(total), mask=agents < count)
 
 
 @triton.jit
@@ -159,13 +159,14 @@ def _read_store(
 
 @triton.jit
 def read_kernel(
-    Q, A, C, T, W, V, OUT, LSE, tokens, chunk, heads, group, scale, shortcut,
+    Q, A, C, T, W, V, OUT, LSE, count, tokens, chunk, heads, group, scale, shortcut,
     qb, qs, qh, ab, an, ah, vb, vs, vh, th,
-    N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
-    STAGES: tl.constexpr, ALIGN: tl.constexpr, LSES: tl.constexpr, SHORTCUT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
+    STAGES: tl.constexpr, ALIGN: tl.constexpr, ONE: tl.constexpr, FULL: tl.constexpr, LSES: tl.constexpr,
+    SHORTCUT: tl.constexpr,
 ):  # fmt: skip
-    """`chunk` queries read the agents: grid (chunks, B * H). Agents that fill one tile stay where they are while
-    queries pass by; of more, all tiles pass by one block of queries."""
+    """`chunk` queries read the agents: grid (chunks, B * H). If ONE tile holds the agents, they stay where they are
+    while queries pass by; else all tiles pass by one block of queries. FULL tiles need no mask."""
     part, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows, cols, agents = tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BN)
@@ -175,23 +176,23 @@ def read_kernel(
     Q += b * qb + h * qh
     A += b * ab + h * ah
     V += b * vb + (h // group) * vh
-    C += bh.to(tl.int64) * (N * D)
+    C += bh.to(tl.int64) * (count * D)
     T += h * th
     OUT += (b * tokens * heads + h) * D
     LSE += bh.to(tl.int64) * tokens
     first = part * chunk
-    if N <= BN:
-        a = _load(A, 0, an, agents, cols, N, D, False)
-        c = _load(C, 0, D, agents, cols, N, D, False)
-        t = _table(T, agents, N, a, scale, R)
+    if ONE:
+        a = _load(A, 0, an, agents, cols, count, D, False)
+        c = _load(C, 0, D, agents, cols, count, D, False)
+        t = _table(T, agents, count, a, scale, R)
         for i in tl.range(0, tl.cdiv(tl.minimum(chunk, tokens - first), BS), num_stages=STAGES):
             start = first + i * BS
             at, left = start.to(tl.int64), tokens - start
             q = _load(Q, at, qs, rows, cols, left, D, False)
             w = _weights(W, at, rows, left, q, R, False)
             s = _scores(q, a, w, t, R) * (scale * LOG2E)
-            if N < BN:
-                s = tl.where((agents < N)[None, :], s, float("-inf"))
+            if not FULL:
+                s = tl.where((agents < count)[None, :], s, float("-inf"))
             top = tl.max(s, 1)
             p = _exp2(s - top[:, None])
             total = tl.sum(p, 1)
@@ -206,17 +207,17 @@ def read_kernel(
         top = tl.full((BS,), float("-inf"), tl.float32)
         total = tl.zeros((BS,), tl.float32)
         out = tl.zeros((BS, BD), tl.float32)
-        for j in tl.range(0, N, BN, num_stages=STAGES):
-            a = _load(A, 0, an, j + agents, cols, N, D, False)
-            t = _table(T, j + agents, N, a, scale, R)
+        for j in tl.range(0, count, BN, num_stages=STAGES):
+            a = _load(A, 0, an, j + agents, cols, count, D, False)
+            t = _table(T, j + agents, count, a, scale, R)
             s = _scores(q, a, w, t, R) * (scale * LOG2E)
-            if N % BN != 0:
-                s = tl.where((j + agents < N)[None, :], s, float("-inf"))
+            if not FULL:
+                s = tl.where((j + agents < count)[None, :], s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1))
             p = _exp2(s - higher[:, None])
             shrink = _exp2(top - higher)
             total = total * shrink + tl.sum(p, 1)
-            c = _load(C, 0, D, j + agents, cols, N, D, False)
+            c = _load(C, 0, D, j + agents, cols, count, D, False)
             out = _dot(p.to(c.dtype), c, out * shrink[:, None])
             top = higher
         out = out / total[:, None]
@@ -227,10 +228,10 @@ def read_kernel(
 
 @triton.jit
 def whole_backward_kernel(
-    X, Y, A, C, T, W, LSE, DELTA, DX, DY, DA, DC, DT, tokens, chunk, heads, group, slot, slots, scale,
+    X, Y, A, C, T, W, LSE, DELTA, DX, DY, DA, DC, DT, count, tokens, chunk, heads, group, slot, slots, scale,
     xb, xs, xh, yb, ys, yh, ab, an, ah, th,
-    N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
-    STAGES: tl.constexpr, ALIGN: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
+    STAGES: tl.constexpr, ALIGN: tl.constexpr, FULL: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one side from `chunk` tokens, the agents in one tile: grid (chunks, B * H).
 
@@ -247,12 +248,12 @@ def whole_backward_kernel(
     DX += (b * tokens * heads + h) * D
     DY += (b * tokens * heads + h) * D
     bh = bh.to(tl.int64)
-    a = _load(A + b * ab + h * ah, 0, an, agents, cols, N, D, False)
-    c = _load(C + bh * (N * D), 0, D, agents, cols, N, D, False)
-    t = _table(T + h * th, agents, N, a, scale, R)
+    a = _load(A + b * ab + h * ah, 0, an, agents, cols, count, D, False)
+    c = _load(C + bh * (count * D), 0, D, agents, cols, count, D, False)
+    t = _table(T + h * th, agents, count, a, scale, R)
     if KEYS:  # an infinite lse leaves no weight to agents that pad the tile
-        lse = tl.load(LSE + bh * N + agents, mask=agents < N, other=float("inf"))[None, :]
-        delta = tl.load(DELTA + bh * N + agents, mask=agents < N, other=0.0)[None, :]
+        lse = tl.load(LSE + bh * count + agents, mask=agents < count, other=float("inf"))[None, :]
+        delta = tl.load(DELTA + bh * count + agents, mask=agents < count, other=0.0)[None, :]
     da = tl.zeros((BN, BD), tl.float32)
     if not KEYS:
         dc = tl.zeros((BN, BD), tl.float32)
@@ -274,8 +275,8 @@ def whole_backward_kernel(
             tl.store(DY + at * heads * D + place, dy.to(x.dtype), mask=there)
             dp = _product(y, c)
         else:
-            if N < BN:
-                s = tl.where((agents < N)[None, :], s, float("-inf"))
+            if not FULL:
+                s = tl.where((agents < count)[None, :], s, float("-inf"))
             p = _exp2(s - tl.max(s, 1)[:, None])
             p = p * (1.0 / tl.sum(p, 1))[:, None]
             dc = _dot(tl.trans(p.to(x.dtype)), y, dc)
@@ -287,23 +288,23 @@ def whole_backward_kernel(
         da = _dot(tl.trans(ds), x, da)
         if R > 0:
             dt = _dot(tl.trans(ds), w, dt)
-    place, there = _rows(DA, (bh * slots + slot + part) * N, agents, N, D, cols)
+    place, there = _rows(DA, (bh * slots + slot + part) * count, agents, count, D, cols)
     tl.store(place, da * scale, mask=there)
-    record = (bh * tl.num_programs(0) + part) * N
+    record = (bh * tl.num_programs(0) + part) * count
     if not KEYS:
-        place, there = _rows(DC, record, agents, N, D, cols)
+        place, there = _rows(DC, record, agents, count, D, cols)
         tl.store(place, dc, mask=there)
     if R > 0:
-        place, there = _rows(DT, record, agents, N, R, tl.arange(0, R))
+        place, there = _rows(DT, record, agents, count, R, tl.arange(0, R))
         tl.store(place, dt, mask=there)
 
 
 @triton.jit
 def tokens_backward_kernel(
-    X, Y, A, C, T, W, LSE, DELTA, OUT, DX, DY, tokens, heads, group, scale,
+    X, Y, A, C, T, W, LSE, DELTA, OUT, DX, DY, count, tokens, heads, group, scale,
     xb, xs, xh, yb, ys, yh, ab, an, ah, th,
-    N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
-    STAGES: tl.constexpr, ALIGN: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
+    STAGES: tl.constexpr, ALIGN: tl.constexpr, FULL: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BS tokens, `[B, S, H, D]`, tiles of agents passing by: grid (blocks, B * H).
 
@@ -319,7 +320,7 @@ def tokens_backward_kernel(
     at, left = start.to(tl.int64), tokens - start
     bh = bh.to(tl.int64)
     A += b * ab + h * ah
-    C += bh * (N * D)
+    C += bh * (count * D)
     T += h * th
     x = _load(X + b * xb + (h // group) * xh, at, xs, rows, cols, left, D, False)
     y = _load(Y + b * yb + (h // group) * yh, at, ys, rows, cols, left, D, False)
@@ -327,8 +328,8 @@ def tokens_backward_kernel(
     place = (b * tokens * heads + h) * D + at * heads * D + (rows[:, None] * (heads * D) + cols[None, :])
     there = (rows < left)[:, None] & (cols < D)[None, :]
     if KEYS:
-        LSE += bh * N
-        DELTA += bh * N
+        LSE += bh * count
+        DELTA += bh * count
         dy = tl.zeros((BS, BD), tl.float32)
     else:
         o = tl.load(OUT + place, mask=there, other=0.0)
@@ -337,16 +338,16 @@ def tokens_backward_kernel(
         tl.store(DELTA + bh * tokens + at + rows, delta, mask=rows < left)
         delta = delta[:, None]
     dx = tl.zeros((BS, BD), tl.float32)
-    for j in tl.range(0, N, BN, num_stages=STAGES):
-        a = _load(A, 0, an, j + agents, cols, N, D, False)
-        c = _load(C, 0, D, j + agents, cols, N, D, False)
-        t = _table(T, j + agents, N, a, scale, R)
+    for j in tl.range(0, count, BN, num_stages=STAGES):
+        a = _load(A, 0, an, j + agents, cols, count, D, False)
+        c = _load(C, 0, D, j + agents, cols, count, D, False)
+        t = _table(T, j + agents, count, a, scale, R)
         s = _scores(x, a, w, t, R) * (scale * LOG2E)
         if KEYS:
-            lse = tl.load(LSE + j + agents, mask=j + agents < N, other=float("inf"))[None, :]
-            delta = tl.load(DELTA + j + agents, mask=j + agents < N, other=0.0)[None, :]
-        elif N % BN != 0:
-            s = tl.where((j + agents < N)[None, :], s, float("-inf"))
+            lse = tl.load(LSE + j + agents, mask=j + agents < count, other=float("inf"))[None, :]
+            delta = tl.load(DELTA + j + agents, mask=j + agents < count, other=0.0)[None, :]
+        elif not FULL:
+            s = tl.where((j + agents < count)[None, :], s, float("-inf"))
         p = _exp2(s - lse)
         ds = p * (_product(y, c) - delta)
         dx = _dot(ds.to(x.dtype), a, dx)
@@ -359,14 +360,14 @@ def tokens_backward_kernel(
 
 @triton.jit
 def agents_backward_kernel(
-    X, Y, A, C, T, W, LSE, DELTA, DA, DC, DT, tokens, chunk, heads, group, slot, slots, parts, scale,
+    X, Y, A, C, T, W, LSE, DELTA, DA, DC, DT, count, tokens, chunk, heads, group, slot, slots, parts, scale,
     xb, xs, xh, yb, ys, yh, ab, an, ah, th,
-    N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, R: tl.constexpr,
     STAGES: tl.constexpr, ALIGN: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BN agents summed over `chunk` tokens: grid (parts * tiles, B * H), as in `gather_kernel`."""
-    TILES: tl.constexpr = (N + BN - 1) // BN
-    part, tile, bh = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
+    tiles = tl.cdiv(count, BN)
+    part, tile, bh = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows, cols, agents = tl.arange(0, BS), tl.arange(0, BD), tile * BN + tl.arange(0, BN)
     xb, xs, xh = _aligned(xb, ALIGN), _aligned(xs, ALIGN), _aligned(xh, ALIGN)
@@ -374,12 +375,12 @@ def agents_backward_kernel(
     X += b * xb + (h // group) * xh
     Y += b * yb + (h // group) * yh
     bh = bh.to(tl.int64)
-    a = _load(A + b * ab + h * ah, 0, an, agents, cols, N, D, False)
-    c = _load(C + bh * (N * D), 0, D, agents, cols, N, D, False)
-    t = _table(T + h * th, agents, N, a, scale, R)
+    a = _load(A + b * ab + h * ah, 0, an, agents, cols, count, D, False)
+    c = _load(C + bh * (count * D), 0, D, agents, cols, count, D, False)
+    t = _table(T + h * th, agents, count, a, scale, R)
     if KEYS:
-        lse = tl.load(LSE + bh * N + agents, mask=agents < N, other=float("inf"))[:, None]
-        delta = tl.load(DELTA + bh * N + agents, mask=agents < N, other=0.0)[:, None]
+        lse = tl.load(LSE + bh * count + agents, mask=agents < count, other=float("inf"))[:, None]
+        delta = tl.load(DELTA + bh * count + agents, mask=agents < count, other=0.0)[:, None]
     else:
         LSE += bh * tokens
         DELTA += bh * tokens
@@ -405,33 +406,33 @@ def agents_backward_kernel(
             dc = _dot(p.to(x.dtype), y, dc)
         if R > 0:
             dt = _dot(ds, w, dt)
-    place, there = _rows(DA, (bh * slots + slot + part) * N, agents, N, D, cols)
+    place, there = _rows(DA, (bh * slots + slot + part) * count, agents, count, D, cols)
     tl.store(place, da * scale, mask=there)
-    record = (bh * parts + part) * N
+    record = (bh * parts + part) * count
     if not KEYS:
-        place, there = _rows(DC, record, agents, N, D, cols)
+        place, there = _rows(DC, record, agents, count, D, cols)
         tl.store(place, dc, mask=there)
     if R > 0:
-        place, there = _rows(DT, record, agents, N, R, tl.arange(0, R))
+        place, there = _rows(DT, record, agents, count, R, tl.arange(0, R))
         tl.store(place, dt, mask=there)
 
 
 @triton.jit
 def sum_kernel(
-    PARTS, C, OUT, DELTA, parts, heads, ob, on, oh,
-    N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, DELTAS: tl.constexpr,
+    PARTS, C, OUT, DELTA, count, parts, heads, ob, on, oh,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, DELTAS: tl.constexpr,
 ):  # fmt: skip
     """Adds up the parts of an agents' gradient in a fixed order; DELTA is its product with C: grid (tiles, B * H)."""
     bh = tl.program_id(1).to(tl.int64)
     cols, agents = tl.arange(0, BD), tl.program_id(0) * BN + tl.arange(0, BN)
     total = tl.zeros((BN, BD), tl.float32)
     for part in range(parts):
-        place, there = _rows(PARTS, (bh * parts + part) * N, agents, N, D, cols)
+        place, there = _rows(PARTS, (bh * parts + part) * count, agents, count, D, cols)
         total += tl.load(place, mask=there, other=0.0)
     total = total.to(OUT.dtype.element_ty)
     if DELTAS:  # of what is stored, rounded: then the weights' gradients add up to zero
-        place, there = _rows(C, bh * N, agents, N, D, cols)
+        place, there = _rows(C, bh * count, agents, count, D, cols)
         c = tl.load(place, mask=there, other=0.0).to(tl.float32)
-        tl.store(DELTA + bh * N + agents, tl.sum(total.to(tl.float32) * c, 1), mask=agents < N)
+        tl.store(DELTA + bh * count + agents, tl.sum(total.to(tl.float32) * c, 1), mask=agents < count)
     to = OUT + (bh // heads) * ob + (bh % heads) * oh + agents[:, None] * on + cols[None, :]
-    tl.store(to, total, mask=(agents < N)[:, None] & (cols < D)[None, :])
+    tl.store(to, total, mask=(agents < count)[:, None] & (cols < D)[None, :])

@@ -195,7 +195,6 @@ def test_tables_may_be_wider_than_queries(assert_accurate):
 FALLBACKS = {
     "dense": (dict(key_bias=torch.randn(2, 6, 50)), {}),
     "negative": (dict(agent_scale=-0.3), {}),
-    "many agents": ({}, dict(agents=1025, tokens=1030)),
     "many columns": (dict(query_bias=(torch.randn(1, 6, 65), torch.rand(50, 65))), {}),
     "weights to train": (dict(query_bias=(torch.randn(1, 6, 5), torch.rand(50, 5, requires_grad=True))), {}),
     "tiny heads": ({}, dict(dim=8)),
@@ -301,7 +300,8 @@ from linfusion.kernels import agent_launch, agent_pool_triton, agent_triton as k
 
 def build(name, kernel, agents, dim, rank, **constants):
     block = agent_launch.blocks(name, agents, dim, False)
-    constants |= dict(N=agents, D=dim, BD=dim, BN=block.agents, BS=block.tokens, R=rank, STAGES=block.stages, ALIGN=8)
+    constants |= dict(D=dim, BD=dim, BN=block.agents, BS=block.tokens, R=rank, STAGES=block.stages, ALIGN=8)
+    constants |= dict(ONE=agents <= block.agents, FULL=agents % block.agents == 0)
     return compiled(kernel, block.warps, **constants)
 
 def compiled(kernel, warps, **constants):
@@ -331,7 +331,7 @@ for side in ("query", "key"):
 build("gather", kernels.gather_kernel, 256, 128, 64, EVEN=False)
 build("read", kernels.read_kernel, 256, 128, 64, LSES=True, SHORTCUT=True)
 build("read", kernels.read_kernel, 49, 64, 0, LSES=False, SHORTCUT=False)
-small = dict(N=49, D=64, BD=64, BN=16)
+small = dict(D=64, BD=64, BN=16)
 compiled(kernels.merge_kernel, 4, **small)
 compiled(kernels.sum_kernel, 4, **small, DELTAS=True)
 for kernel in (agent_pool_triton.pool_kernel, agent_pool_triton.pool_backward_kernel):
