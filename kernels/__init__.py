@@ -19,6 +19,7 @@ if __name__ == "kernels":
 else:
     from .agent import agent_attention, bias_factors, resize_bias
     from .agent_pool import pool_agents
+    from .backend import use_backend
     from .depthwise import depthwise_conv
     from .linear import linear_attention
     from .pool import pool_grid
@@ -40,6 +41,7 @@ else:
         "rotate",
         "sparse_linear_attention",
         "sparse_linear_pairs",
+        "use_backend",
         "window_attention",
         "window_pairs",
     ]

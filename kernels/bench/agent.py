@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from .. import agent_attention, bias_factors, depthwise_conv, pool_agents, reference
 from . import peers
@@ -84,7 +85,7 @@ class Agent(Op):
         return {
             "torch": lambda: self._eager(case),
             "torch.compile": lambda: peers.compiled(self._eager(case)),
-            "sdpa-cudnn": lambda: [peers.exact_cudnn()],
+            "sdpa-cudnn": lambda: [peers.exact(SDPBackend.CUDNN_ATTENTION)],
         }
 
     def _eager(self, case: Case) -> list[Provider]:

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,14 @@ def eager_agents(
     return [Provider(tokens_before), Provider(heads_before, heads_first, heads_first)]
 
 
-def exact_cudnn() -> Provider:
-    """Softmax attention over all tokens: what a mechanism stands in for, so it leaves the other inputs alone."""
+def exact(backend: SDPBackend | None = None) -> Provider:
+    """Softmax attention over all tokens: what a mechanism stands in for, so it leaves the other inputs alone.
+
+    By the backend named, else by the one that torch chooses.
+    """
 
     def call(q: Tensor, k: Tensor, v: Tensor, **others: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        with nullcontext() if backend is None else sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 
     return Provider(call, heads_first, heads_first, other=True)

@@ -89,7 +89,7 @@ def measure(op: Op, case: Case, session: Session) -> None:
         upstream = op.upstream(case, inputs)
     except Exception as error:
         return session.refuse(name, f"no inputs: {one_line(error)}")
-    expected = _checked(op, case, session, inputs, upstream) if session.wants(OURS) else None
+    expected = checked(op, case, session, inputs, upstream) if session.wants(OURS) else None
     if not session.timed:
         return
     for provider, make in _makers(op, case, session).items():
@@ -107,7 +107,7 @@ def measure(op: Op, case: Case, session: Session) -> None:
         session.say(line)
 
 
-def _checked(op: Op, case: Case, session: Session, inputs: Tensors, upstream: Tensors) -> list[Expected] | None:
+def checked(op: Op, case: Case, session: Session, inputs: Tensors, upstream: Tensors) -> list[Expected] | None:
     """What float64 expects, or None where ours does not compute it."""
     name = f"{op.name} {case.shape}"
     try:

@@ -71,6 +71,7 @@ class Agent(MechanismConfig):
 
 class AgentAttention(Mechanism):
     config: Agent
+    kernel = "agent_attention"
     needs = frozenset({"grid"})
 
     def __init__(self, config: Agent, site: Site) -> None:

@@ -83,6 +83,7 @@ class AgentSD(MechanismConfig):
 
 class AgentSDAttention(Mechanism):
     config: AgentSD
+    kernel = "agent_attention"
     needs = frozenset({"grid", "time", "stream"})
     merges_tokens = True
 
