@@ -92,7 +92,7 @@ def test_unknown_words(pipe):
 
 
 def test_unknown_model():
-    with pytest.raises(ValueError, match="unknown embedded model 'sdxl'; available: emoji-flux"):
+    with pytest.raises(ValueError, match="unknown embedded model 'sdxl'; available: emoji-flux, emoji-unet"):
         embedded.demo_pipeline("sdxl")
 
 
