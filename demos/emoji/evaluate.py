@@ -163,7 +163,7 @@ def pipeline_report(
     def report() -> str:
         with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
             found = retrieval(pipe, data, captions, batch=count)
-        return f"retrieval {100 * found:.1f} % of {count}"
+        return f"retrieval {100 * found:.1f} % of {len(captions)}"
 
     return report
 
