@@ -73,7 +73,7 @@ def _train(args: argparse.Namespace) -> None:
         trials = {name: args.output_dir / f"{name}.trial.yaml" for name in missing}
         for name, file in trials.items():
             _write(file, _with_steps(configs[name], [TRIAL] * len(configs[name]["stages"])))
-        _together(args, {name: _command(args, file, name + ".trial") for name, file in trials.items()})
+        _together(args, {f"{n}.trial": _command(args, file, f"{n}.trial") for n, file in trials.items()})
         for name in missing:
             configs[name] = _with_steps(configs[name], _fitting(args, name, configs[name]))
         print(f"speeds known: {time.monotonic() - started:.0f} s", flush=True)
