@@ -22,7 +22,7 @@ from linfusion.demos.emoji.loop import Length, write_json
 from linfusion.demos.emoji.models import TINY, Denoiser, Sizes, pack
 from linfusion.demos.emoji.sheets import UNSEEN, sheet
 from linfusion.demos.emoji.text import build_tokenizer
-from linfusion.demos.emoji.unet import draw_steps, latents_of, train_unet
+from linfusion.demos.emoji.unet import draw_steps, latents_of, train_unet, whiten_text
 from linfusion.demos.emoji.vae import encode_all, normalise_latents, set_normalisation, train_vae
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,8 @@ def _train_unet(
     torch.manual_seed(0)
     pipe = build_stable_diffusion(sizes, **shared_parts(args.shared)).to(args.device)
     examples = Examples(data, latents_of(pipe.vae, data), pipe.tokenizer, draw_steps)
+    with torch.no_grad():
+        whiten_text(pipe.unet, pipe.text_encoder(examples.ids)[0].flatten(0, 1))
     report = evaluate.pipeline_report(pipe, data, bf16=_bf16(args))
     if not train_unet(pipe, examples, report=report, **_settings(args, "unet", 0.4, deadline)):
         return False

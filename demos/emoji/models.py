@@ -101,6 +101,8 @@ def build_unet(sizes: Sizes) -> UNet2DConditionModel:
         use_linear_projection=True,
         norm_num_groups=16,
         cross_attention_dim=sizes.text_width,
+        encoder_hid_dim=sizes.text_width,
+        encoder_hid_dim_type="text_proj",
         time_embedding_dim=2 * sizes.unet_channels[0],
         resnet_time_scale_shift="scale_shift",
         addition_embed_type="text",

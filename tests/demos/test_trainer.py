@@ -16,7 +16,7 @@ from linfusion.demos.emoji.loop import Length, Run
 from linfusion.demos.emoji.models import TINY, Denoiser, build_ddim, build_unet, pack, unpack
 from linfusion.demos.emoji.optim import orthogonalise, split_parameters
 from linfusion.demos.emoji.text import EOS_ID, UNKNOWN_ID, build_tokenizer, normalise, tokenize
-from linfusion.demos.emoji.unet import LEVELS, NOISE_ALONE, draw_steps
+from linfusion.demos.emoji.unet import LEVELS, NOISE_ALONE, draw_steps, whiten_text
 
 STAGES = ("vae", "flow", "guidance")
 SIZES = ["--tiny", "--device", "cpu", "--captions", "4"]
@@ -149,6 +149,16 @@ def test_the_last_step_of_the_schedule_is_noise_alone():
     # there v is minus the picture, so that one step from noise alone lands on it when nothing follows
     scheduler.set_timesteps(1)
     assert torch.allclose(scheduler.step(-picture, scheduler.timesteps[0], noise).prev_sample, picture)
+
+
+def test_text_begins_white():
+    unet = build_unet(TINY)
+    tokens = torch.randn(500, 16) @ torch.diag(torch.logspace(-0.5, 0.5, 16)) + 3
+    whiten_text(unet, tokens)
+    for layer in (unet.encoder_hid_proj, unet.add_embedding.pool.v_proj):
+        white = layer(tokens).detach()
+        assert white.mean(0).abs().max() < 1e-3
+        assert (torch.cov(white.T) - torch.eye(16)).abs().max() < 0.05  # but for the floor, nothing
 
 
 def test_every_matrix_of_the_unet_goes_to_muon():
