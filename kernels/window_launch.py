@@ -20,7 +20,9 @@ if HAS_TRITON:
     from . import window_triton as triton_kernels
 
     with contextlib.suppress(ImportError):  # before 3.4
-        from triton.tools.tensor_descriptor import TensorDescriptor
+        from triton.tools import tensor_descriptor
+
+        TensorDescriptor = tensor_descriptor.TensorDescriptor
 
 LOG2E = 1.4426950408889634
 Shape = tuple[int, int, int]

@@ -134,4 +134,4 @@ _with_gradients = differentiable(_forward, _setup, functools.partial(_backward, 
 def eager(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`window_op` without the operator."""
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5])
-    return _with_gradients(*arguments, True) if wanted else _forward(*arguments, False)
+    return _with_gradients(*arguments, True) if wanted else _forward(*arguments, False)  # type: ignore[call-arg]

@@ -263,7 +263,7 @@ def backward(grad, grad_lse, q, k, v, pooled_k, pooled_v, text_mask, w: Window) 
     dq[:, p.image], dk[:, p.image], dv[:, p.image] = gq, gk, gv
     dk[:, p.words], dv[:, p.words] = gck[:, : w.text], gcv[:, : w.text]
     if w.text:
-        grads = attention_backward(
+        grads = attention_backward(  # type: ignore[call-arg]
             *(x.transpose(1, 2) for x in (q[:, p.words], p.k[:, p.seen], p.v[:, p.seen])), p.text_mask, w.scale,
             grad[:, p.words].transpose(1, 2), None if grad_lse is None else grad_lse[:, :, p.words],
         )  # fmt: skip
