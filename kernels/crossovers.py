@@ -85,8 +85,10 @@ def _name(device: torch.device) -> str:
 def forget() -> None:
     """Read the files again."""
     _of_gpu.cache_clear()
+    crossover.cache_clear()
 
 
+@functools.cache
 def crossover(op: str, dim: int | None, dtype: torch.dtype, device: torch.device) -> Crossover | None:
     """The nearest measured: the next larger head dim, else the largest, fp16 as bf16; None on an unknown GPU."""
     if device.type != "cuda":

@@ -1,7 +1,7 @@
-"""`linfusion bench --here`: from which size on Triton is faster than PyTorch, and exact attention slower, on this GPU.
+"""`linfusion bench --here`: from which size on Triton is faster than PyTorch here, and exact attention slower.
 
-Call after call by the host's clock, as a pipeline calls: for small sizes launches are what costs. Forward only. Both are
-the library's own; Triton is checked before its times count, as for the tables.
+Call after call by the host's clock, as a pipeline calls: for small sizes launches are what costs. Forward only. Triton
+and PyTorch are both the library's own; Triton is checked before its times count, as for the tables.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ def climb(ladder: Ladder, dim: int, dtype: torch.dtype, session: Session) -> Cro
         release(session)
         inputs = op.inputs(case, session.device)
         upstream = op.upstream(case, inputs)
-
         ours, exact = (Bound(op, case, p, inputs, upstream).ready("forward") for p in (op.ours(case), peers.exact()))
         with use_backend("triton"):
             fine = checked(op, case, session, inputs, upstream) is not None
