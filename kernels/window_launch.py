@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# by kernel and largest head dim, for 16-bit inputs; measured on an H100 (bench/NOTES.md)
+# by kernel and largest head dim, for 16-bit inputs; those of 128 measured on an H100 (bench/NOTES.md), the others not
 BLOCKS = {
     "forward": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 3), 256: Blocks(64, 32, 4, 1)},
     "query": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 32, 4, 1)},

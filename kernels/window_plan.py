@@ -26,7 +26,6 @@ class Plan(NamedTuple):
         tiles: of queries, along each axis.
         weights, bound: within the window is `sum_i weights_i distance_i^2 < bound` (box: for each i), in fp32.
         even: whether tiles and boxes fit the grid exactly.
-        longest: most boxes of a tile.
     """
 
     boxes: Tensor
@@ -35,7 +34,6 @@ class Plan(NamedTuple):
     weights: tuple[float, float, float]
     bound: float
     even: bool
-    longest: int
 
 
 @functools.lru_cache(maxsize=64)
@@ -107,7 +105,7 @@ def plan(
         starts = torch.cat([starts, begin[-1:]]).to(device, torch.int32)
         table = torch.cat(seen).to(device, torch.int32)
     even = all(n % t == 0 and n % b == 0 for n, t, b in zip(grid, tile, block, strict=True))
-    return Plan(table, starts, tiles, weights, bound, even, int(count.max()))  # type: ignore[arg-type]
+    return Plan(table, starts, tiles, weights, bound, even)  # type: ignore[arg-type]
 
 
 def _reach(near: Tensor, bound: float) -> list[tuple[int, int]]:
