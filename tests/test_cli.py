@@ -200,7 +200,7 @@ def test_adapters_are_read_once(run, monkeypatch, tmp_path, sd):
     reads, loads = [], []
 
     def counted(calls, function):
-        return lambda *arguments: (calls.append(arguments), function(*arguments))[1]
+        return lambda *arguments, **settings: (calls.append(arguments), function(*arguments, **settings))[1]
 
     read = counted(reads, adapter.read_adapter)
     for module in (adapter, weights):

@@ -173,18 +173,19 @@ def test_compiles_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_square():
-    """512 x 512 tokens: a mask of S x S bytes alone would be 64 GiB. Measured in a process of its own."""
+    """512 x 512 tokens: a mask of S x S bytes alone would be 64 GiB. Measured in a process of its own, by VmHWM: what
+    getrusage says of a child begins, on Linux, with the peak of the process that started it."""
     code = (
-        "import torch, resource; from linfusion.kernels import window_attention;"
+        "import torch; from linfusion.kernels import window_attention;"
         "q, k, v = (torch.randn(1, 512 * 512, 2, 32) for _ in range(3));"
-        "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "out = window_attention(q, k, v, grid=(512, 512), radius=8);"
         "assert out.isfinite().all();"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) < 2e9
+    assert int(done.stdout) * 1024 < 2e9
 
 
 BAD = {
