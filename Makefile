@@ -9,7 +9,7 @@ picture: .venv/base
 	$(BIN)/linfusion generate "red apple" --mechanism clear --radius 8 --compare --out out.png
 
 test: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -28,7 +28,7 @@ imports: .venv/dev
 # the same interpreter and torch, with the oldest supported hosts in front
 test-oldest: .venv/oldest
 	PYTHONPATH=.venv/oldest-hosts $(BIN)/python -c "import diffusers, transformers; print('diffusers', diffusers.__version__, 'transformers', transformers.__version__)"
-	PYTHONPATH=.venv/oldest-hosts $(BIN)/pytest -m parity
+	PYTHONPATH=.venv/oldest-hosts $(BIN)/pytest -m parity -n auto --dist worksteal
 
 # a stamp rather than bin/python, which a failed venv (Debian without python3-venv) leaves behind
 .venv/made:

@@ -313,19 +313,22 @@ def test_nothing_grows_with_the_square(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_memory_of_a_long_sequence():
     """131,072 tokens, forward and backward: a mask of S x S bytes alone would be 16 GiB. In a process of its own."""
     code = (
-        "import torch, resource; from linfusion.kernels import sparse_linear_attention;"
+        "import torch; from linfusion.kernels import sparse_linear_attention;"
+        # of this process alone: getrusage begins with the peak of the one that started it, and would hide growth
+        "peak = lambda: int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]);"
         "q, k, v = (torch.randn(1, 1 << 17, 1, 32, requires_grad=True) for _ in range(3));"
-        "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "base = peak();"
         "out = sparse_linear_attention(q, k, v, topk=0.005, linear='complement');"
         "out.sum().backward();"
         "assert all(x.isfinite().all() for x in (out, q.grad, k.grad, v.grad));"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)"
+        "print(peak() - base)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) < 1e9
+    assert int(done.stdout) * 1024 < 1e9
 
 
 BAD = {
