@@ -126,9 +126,9 @@ def _backward(
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     pairs = chosen.flatten(0, 1).view(torch.uint8)
     rows = from_map(pairs, 2, pairs[0].numel())
-    dq, delta, _ = query_gradients(p, rows, Linear(), grad, grad, out, lse)
+    dq, stats, _ = query_gradients(p, rows, Linear(), grad, grad, out, lse)
     del rows
-    dk, dv = key_gradients(p, by_keys(pairs, p.group, pairs[0].numel()), "none", "identity", grad, lse, delta)
+    dk, dv = key_gradients(p, by_keys(pairs, p.group, pairs[0].numel()), "none", "identity", grad, stats)
     return dq, dk, dv
 
 

@@ -145,7 +145,7 @@ def _all_backward(
     groups, tokens, dim = saved.sums.shape[0], p.k.shape[1], p.k.shape[-1]
     linear = Linear("all", s.feature_map, None, saved.state, saved.z, bias, LINEAR_EPS / tokens, s.parts)
     rows = Lists(saved.entries, saved.starts)
-    dq, delta, planes = query_gradients(p, rows, linear, grad, grad_part, saved.out, saved.lse)
+    dq, stats, planes = query_gradients(p, rows, linear, grad, grad_part, saved.out, saved.lse)
     records = partial_records(
         p.blocked(p.q), grad_part if s.parts else p.blocked(grad), s.feature_map, affine=bias is not None,
         planes=planes.mT, budget=_budget(p),
@@ -159,7 +159,7 @@ def _all_backward(
     factor = dsums.abs().amax((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
     dsums = (dsums / factor[:, None, None]).to(p.q.dtype)
     dk, dv = key_gradients(
-        p, _columns(p, rows), "all", s.feature_map, grad, saved.lse, delta, dsums, dz.contiguous(), factor / tokens
+        p, _columns(p, rows), "all", s.feature_map, grad, stats, dsums, dz.contiguous(), factor / tokens
     )
     return dq, dk, dv, dweight, dbias
 
@@ -178,7 +178,7 @@ def _rest_backward(
     dweight, dbias = record[:dim].mT, record[dim + 1]
     del part
     given = Linear("given", bias=bias, apart=s.parts)
-    dq, delta, _ = query_gradients(p, rows, given, grad, grad_part, saved.out, saved.lse, planes, dq)
+    dq, stats, _ = query_gradients(p, rows, given, grad, grad_part, saved.out, saved.lse, planes, dq)
     dsums = dz = planes
     if rest.subtract:
         records = partial_records(p.blocked(q), outer, s.feature_map, planes=planes.mT, budget=_budget(p))
@@ -186,7 +186,7 @@ def _rest_backward(
         dsums, dz = record[:, :dim].contiguous(), record[:, dim].contiguous()
     columns = _columns(p, rows)
     grads = rest_keys(p, rest, columns if other is rows else _columns(p, other), dsums, dz, outer, planes)
-    dk, dv = key_gradients(p, columns, "given", s.feature_map, grad, saved.lse, delta, grads=grads)
+    dk, dv = key_gradients(p, columns, "given", s.feature_map, grad, stats, grads=grads)
     return dq, dk, dv, dweight, dbias
 
 

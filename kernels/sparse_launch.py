@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, shared_memory
+from .descriptors import readable, tiles
 from .launch import launch
 from .routing_launch import Lists, alignment, padded_dim
 
@@ -42,6 +43,8 @@ WIDE = Tile(16, 16, 4, 1)
 SMALL = Tile(64, 32, 8, 2)
 """At most this on devices with less shared memory than ROOM, which the tiles above may take up to head dim 256."""
 ROOM = 200 << 10
+# sums of exponentials that leave room for none of their terms to overflow
+MOST = {torch.bfloat16: 2.0**60, torch.float32: 2.0**60, torch.float16: 2.0**15}
 
 
 class Problem(NamedTuple):
@@ -127,6 +130,14 @@ def constants(p: Problem, kernel: str, *read: Tensor) -> dict[str, Any]:
     return settings | {"BLOCK_K": p.block_k, "STAGES": t.stages, "ALIGN": alignment(p.q, p.k, p.v, *read)}
 
 
+def _engine(settings: dict[str, Any], rows: int, *tensors: Tensor, aligned: bool = True) -> tuple[Any, ...]:
+    """Tiles of `rows` tokens of `[B, S, H, D]`, or tensors that stand in for them. Sets `TMA`."""
+    settings["TMA"] = aligned and readable(*tensors)
+    if not settings["TMA"]:
+        return tensors
+    return tuple(tiles(x, [1, rows, 1, settings["BD"]]) for x in tensors)
+
+
 def _programs(count: int, block: int, kept: int, size: int, pairs: int) -> tuple[int, int, int]:
     return ((-(-count // block) * -(-block // size) + -(-kept // size)) * pairs, 1, 1)
 
@@ -155,15 +166,16 @@ def attend(p: Problem, rows: Lists, linear: Linear) -> tuple[Tensor, Tensor]:
     settings = constants(p, "forward", out) | {
         "KEPT": kept, "RAGGED": p.keys % p.block_k != 0 or p.block_k % t.keys != 0, "PHI": linear.phi,
         "LINEAR": linear.kind, "PROJECT": linear.state is not None, "BIASED": linear.bias is not None,
-        "PARTS": linear.apart, "num_warps": t.warps,
+        "PARTS": linear.apart, "MOST": MOST[q.dtype], "num_warps": t.warps,
     }  # fmt: skip
+    engine = _engine(settings, t.keys, k, v)
     part, state, z, bias = (q if x is None else x for x in (linear.part, linear.state, linear.z, linear.bias))
     launch(
         triton_kernels.forward_kernel, _programs(p.queries, p.block_q, p.kept, t.queries, batch * heads),
         (q, k, v, out, lse, rows.entries, rows.start, real, part, state, z, bias,
          *_numbers(p, heads, p.queries, p.block_q), heads, p.group, rows.entries.shape[1], rows.start.shape[1],
          p.scale * LOG2_E, linear.eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
-        settings,
+        settings, engine,
     )  # fmt: skip
     return out, lse
 
@@ -172,12 +184,15 @@ def query_gradients(
     p: Problem, rows: Lists, linear: Linear, grad: Tensor, grad_part: Tensor, out: Tensor, lse: Tensor,
     planes: Tensor | None = None, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dq`, delta `[B, H, S]` and planes `[3, B, H, queries]` of `query_backward_kernel`; dq, planes may be there."""
+    """`dq`, stats `[B * H, S, 2]` (S made even) and planes `[3, B, H, queries]` of `query_backward_kernel`; dq, planes may be there."""
     q, k, v = p.q, p.k, p.v
     batch, _, heads, dim = q.shape
     if dq is None:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    delta = torch.empty_like(lse)
+    tokens = q.shape[1]
+    stats = torch.empty((batch * heads, tokens + tokens % 2, 2), dtype=torch.float32, device=q.device)
+    if tokens % 2:  # read as a query that there is not
+        stats[:, -1] = 0
     if planes is None:
         biased = linear.bias is not None
         shape = (2 + biased, batch, heads, p.queries) if linear.kind == "all" else (1, 1, 1, 1)
@@ -189,19 +204,20 @@ def query_gradients(
         "LINEAR": linear.kind, "BIASED": linear.bias is not None, "PARTS": linear.apart, "num_warps": t.warps,
     }  # fmt: skip
     state, z, bias = (q if x is None else x for x in (linear.state, linear.z, linear.bias))
+    engine = _engine(settings, t.keys, k, v)
     launch(
         triton_kernels.query_backward_kernel, _programs(p.queries, p.block_q, p.kept, t.queries, batch * heads),
-        (q, k, v, grad, grad_part, out, lse, rows.entries, rows.start, real, state, z, bias, dq, delta, planes,
+        (q, k, v, grad, grad_part, out, lse, rows.entries, rows.start, real, state, z, bias, dq, stats, planes,
          *_numbers(p, heads, p.queries, p.block_q), heads, p.group, rows.entries.shape[1], rows.start.shape[1],
          p.scale * LOG2_E, linear.eps, planes.stride(0), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
          *grad.stride()[:3], *grad_part.stride()[:3], *out.stride()[:3]),
-        settings,
+        settings, engine,
     )  # fmt: skip
-    return dq, delta, planes
+    return dq, stats, planes
 
 
 def key_gradients(
-    p: Problem, columns: Lists, linear: str, phi: str, grad: Tensor, lse: Tensor, delta: Tensor,
+    p: Problem, columns: Lists, linear: str, phi: str, grad: Tensor, stats: Tensor,
     state: Tensor | None = None, dz: Tensor | None = None, factor: Tensor | None = None,
     grads: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -223,13 +239,17 @@ def key_gradients(
     state, dz, factor, real = (q if x is None else x for x in (state, dz, factor, p.real))
     kv_heads = k.shape[2]
     queries, keys, first, kept, kept_at, blocks, pairs = _numbers(p, kv_heads, p.keys, p.block_k)
+    # pairs of log-sum-exp and delta lie side by side, and two of them at a multiple of 16 bytes
+    engine = *_engine(settings, t.queries, q, grad, aligned=first % 2 == kept_at % 2 == 0), stats
+    if settings["TMA"]:
+        engine = *engine[:2], tiles(stats.flatten(1), [1, 2 * t.queries])
     launch(
         triton_kernels.key_backward_kernel, _programs(keys, p.block_k, kept, t.keys, pairs),
-        (q, k, v, grad, lse, delta, columns.entries, columns.start, real, state, dz, factor, dk, dv,
+        (q, k, v, grad, stats, columns.entries, columns.start, real, state, dz, factor, dk, dv,
          queries, keys, first, kept, kept_at, blocks, -(-queries // p.block_q), pairs, heads, p.group,
          columns.entries.shape[1], columns.start.shape[1], p.scale * LOG2_E, *q.stride()[:3], *k.stride()[:3],
          *v.stride()[:3], *grad.stride()[:3]),
-        settings,
+        settings, engine,
     )  # fmt: skip
     return dk, dv
 

@@ -37,6 +37,19 @@ def _tile(X, at, stride, rows, cols, left, D: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
+def _block(
+    X, TILES, b, h, at, stride, rows, cols, left, D: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """`_tile` of sample b and head h, to which X points; by the copy engine, past `left` come the next tokens, if any,
+    then zeros."""
+    if TMA:
+        x = TILES.load([b.to(tl.int32), at, h.to(tl.int32), 0]).reshape(rows.shape[0], cols.shape[0])
+    else:
+        x = _tile(X, at, stride, rows, cols, left, D, MASK)
+    return x
+
+
+@triton.jit
 def _put(X, at, stride, rows, cols, left, value, D: tl.constexpr):
     place = X + at.to(tl.int64) * stride + (rows[:, None] * stride + cols[None, :])
     tl.store(place, value.to(X.dtype.element_ty), mask=(rows < left)[:, None] & (cols < D)[None, :])
@@ -116,34 +129,80 @@ def _real(REAL, rows, left, MASK: tl.constexpr):
 
 @triton.jit
 def _forward_step(
-    q, K, V, at, left, REAL, ks, vs, acc, peak, total, scale, D: tl.constexpr, BK: tl.constexpr, MASK: tl.constexpr
-):
+    q, K, V, KT, VT, b, h, at, left, REAL, ks, vs, acc, peak, total, scale,
+    D: tl.constexpr, BK: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     rows, cols = tl.arange(0, BK), tl.arange(0, q.shape[1])
-    s = _dot(q, tl.trans(_tile(K, at, ks, rows, cols, left, D, MASK > 0)))
+    k = _block(K, KT, b, h, at, ks, rows, cols, left, D, MASK > 0, TMA)
+    v = _block(V, VT, b, h, at, vs, rows, cols, left, D, MASK > 0, TMA)
+    s = _dot(q, tl.trans(k))
     if MASK > 0:
         s = tl.where(_real(REAL, rows, left, MASK)[None, :], s, float("-inf"))
-    higher = tl.maximum(peak, tl.max(s, 1) * scale)
-    p = _exp2(s * scale - higher[:, None])
-    shrink = _exp2(peak - higher)
-    v = _tile(V, at, vs, rows, cols, left, D, MASK > 0)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, higher, total * shrink + tl.sum(p, 1)
+    if not FAST:
+        higher = tl.maximum(peak, tl.max(s, 1) * scale)
+        shrink = _exp2(peak - higher)
+        acc, peak, total = acc * shrink[:, None], higher, total * shrink
+    p = _exp2(s * scale - peak[:, None])
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, peak, total + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend(
+    q, K, V, KT, VT, b, h, index, whole, count, REAL, ks, vs, peak, keys, first, kept, kept_at, scale,
+    D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, KEPT: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Sums of values and of their weights over the listed blocks and the kept keys, and what scores are measured from:
+    their highest so far or, if FAST, what `peak` says from the start."""
+    STEPS: tl.constexpr = (BLOCK_K + BK - 1) // BK
+    acc = tl.zeros((BQ, BD), tl.float32)
+    total = tl.zeros((BQ,), tl.float32)
+    if BLOCK_K % BK == 0:
+        for i in tl.range(0, whole * STEPS, num_stages=STAGES):
+            n, offset = _listed(index, i, BLOCK_K, BK)
+            place = first + n * BLOCK_K + offset
+            acc, peak, total = _forward_step(
+                q, K, V, KT, VT, b, h, place, BK, REAL, ks, vs, acc, peak, total, scale, D, BK, 0, TMA, FAST
+            )
+    if RAGGED:
+        for i in tl.range(whole * STEPS, count * STEPS, num_stages=1):
+            n, offset = _listed(index, i, BLOCK_K, BK)
+            there = tl.minimum(BLOCK_K - offset, keys - n * BLOCK_K - offset)
+            place = first + n * BLOCK_K + offset
+            acc, peak, total = _forward_step(
+                q, K, V, KT, VT, b, h, place, there, REAL, ks, vs, acc, peak, total, scale, D, BK, 1, TMA, FAST
+            )
+    if KEPT > 0:
+        real = REAL + b * kept
+        for i in tl.range(0, tl.cdiv(kept, BK), num_stages=STAGES):
+            acc, peak, total = _forward_step(
+                q, K, V, KT, VT, b, h, kept_at + i * BK, kept - i * BK, real + i * BK, ks, vs, acc, peak, total, scale,
+                D, BK, 0 if KEPT == 1 else 2, TMA, FAST,
+            )  # fmt: skip
+    return acc, peak, total
 
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, OUT, LSE, INDEX, START, REAL, LIN, STATE, Z, BIAS,
+    Q, K, V, OUT, LSE, INDEX, START, REAL, LIN, STATE, Z, BIAS, KT, VT,
     queries, keys, first, kept, kept_at, blocks, pairs, heads, group, capacity, starts, scale, eps,
     qb, qs, qh, kb, ks, kh, vb, vs, vh, ob, os, oh,
     D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr, KEPT: tl.constexpr, RAGGED: tl.constexpr,
     PHI: tl.constexpr, LINEAR: tl.constexpr, PROJECT: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr,
+    TMA: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """`OUT` and log2 of the sums `LSE` `[B, H, S]`: grid (tiles of queries of all heads).
 
     LINEAR "all" makes the linear part from `STATE` and `Z`; "given" reads it, unprojected, in `LIN`, where `STATE` is
     the projection if PROJECT. PARTS leaves the linear part in `LIN` instead of adding it.
     KEPT: 0 no kept keys, 1 keys that need no mask, 2 some that are not real by `REAL` `[B, kept]` or past the end.
+    KT, VT: the keys and values as tiles for the copy engine, if TMA.
+
+    What is subtracted from a row's scores is the highest of the first block, which later ones need not wait for. Only
+    if others are higher by far (a sum above MOST, a limit of the inputs' dtype; 0 for none) is it all done again, by
+    the highest so far.
     """
     pair, block, blocked, token, at, left = _program(
         tl.program_id(0), queries, first, kept, kept_at, blocks, pairs, BLOCK_Q, BQ, KEPT
@@ -159,29 +218,25 @@ def forward_kernel(
     V += b * vb + h // group * vh
     index, count = _list(INDEX, START, pair, capacity, starts, block)
     whole = _whole(index, count, keys, tl.cdiv(keys, BLOCK_K) - 1, BLOCK_K, BK, RAGGED)
-    STEPS: tl.constexpr = (BLOCK_K + BK - 1) // BK
 
     q = _tile(Q, at, qs, rows, cols, left, D, True)
-    acc = tl.zeros((BQ, BD), tl.float32)
+    h_k = h // group
     peak = tl.full((BQ,), float("-inf"), tl.float32)
-    total = tl.zeros((BQ,), tl.float32)
-    if BLOCK_K % BK == 0:
-        for i in tl.range(0, whole * STEPS, num_stages=STAGES):
-            n, offset = _listed(index, i, BLOCK_K, BK)
-            place = first + n * BLOCK_K + offset
-            acc, peak, total = _forward_step(q, K, V, place, BK, REAL, ks, vs, acc, peak, total, scale, D, BK, 0)
-    if RAGGED:
-        for i in tl.range(whole * STEPS, count * STEPS, num_stages=1):
-            n, offset = _listed(index, i, BLOCK_K, BK)
-            there = tl.minimum(BLOCK_K - offset, keys - n * BLOCK_K - offset)
-            place = first + n * BLOCK_K + offset
-            acc, peak, total = _forward_step(q, K, V, place, there, REAL, ks, vs, acc, peak, total, scale, D, BK, 1)
-    if KEPT > 0:
-        real = REAL + b * kept
-        for i in tl.range(0, tl.cdiv(kept, BK), num_stages=STAGES):
-            acc, peak, total = _forward_step(
-                q, K, V, kept_at + i * BK, kept - i * BK, real + i * BK, ks, vs, acc, peak, total, scale, D, BK,
-                0 if KEPT == 1 else 2,
+    if MOST > 0:
+        n = tl.load(index, mask=count > 0, other=0) * BLOCK_K
+        keyed = tl.arange(0, BK)
+        there = tl.minimum(BLOCK_K, keys - n)
+        s = _dot(q, tl.trans(_block(K, KT, b, h_k, first + n, ks, keyed, cols, there, D, True, TMA)))
+        peak = tl.max(tl.where((keyed < there)[None, :], s, float("-inf")), 1) * scale
+    acc, peak, total = _attend(
+        q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, peak, keys, first, kept, kept_at, scale,
+        D, BD, BQ, BK, BLOCK_K, STAGES, KEPT, RAGGED, TMA, MOST > 0,
+    )  # fmt: skip
+    if MOST > 0:  # noqa: SIM102
+        if tl.sum((total >= MOST).to(tl.int32)) > 0:
+            acc, peak, total = _attend(
+                q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, peak - float("inf"), keys, first, kept,
+                kept_at, scale, D, BD, BQ, BK, BLOCK_K, 1, KEPT, RAGGED, TMA, False,
             )  # fmt: skip
     tokens = queries + kept
     total = tl.where(total > 0, total, 1.0)  # a list may be empty
@@ -216,30 +271,32 @@ def forward_kernel(
 
 @triton.jit
 def _query_step(
-    q, g, K, V, at, left, REAL, ks, vs, lse, delta, acc, scale, D: tl.constexpr, BK: tl.constexpr, MASK: tl.constexpr
-):
+    q, g, K, V, KT, VT, b, h, at, left, REAL, ks, vs, lse, delta, acc, scale,
+    D: tl.constexpr, BK: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     rows, cols = tl.arange(0, BK), tl.arange(0, q.shape[1])
-    k = _tile(K, at, ks, rows, cols, left, D, MASK > 0)
+    k = _block(K, KT, b, h, at, ks, rows, cols, left, D, MASK > 0, TMA)
+    v = _block(V, VT, b, h, at, vs, rows, cols, left, D, MASK > 0, TMA)
     p = _exp2(_dot(q, tl.trans(k)) * scale - lse[:, None])
     if MASK > 0:
         p = tl.where(_real(REAL, rows, left, MASK)[None, :], p, 0.0)
-    v = _tile(V, at, vs, rows, cols, left, D, MASK > 0)
     ds = p * (_dot(g, tl.trans(v)) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 
 
 @triton.jit
 def query_backward_kernel(
-    Q, K, V, G, GL, OUT, LSE, INDEX, START, REAL, STATE, Z, BIAS, DQ, DELTA, PLANES,
+    Q, K, V, G, GL, OUT, LSE, INDEX, START, REAL, STATE, Z, BIAS, DQ, STATS, PLANES, KT, VT,
     queries, keys, first, kept, kept_at, blocks, pairs, heads, group, capacity, starts, scale, eps, wp,
     qb, qs, qh, kb, ks, kh, vb, vs, vh, gb, gs, gh, lb, ls, lh, ob, os, oh,
     D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr, KEPT: tl.constexpr, RAGGED: tl.constexpr,
-    PHI: tl.constexpr, LINEAR: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr,
+    PHI: tl.constexpr, LINEAR: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, contiguous, and `DELTA` `[B, H, S]`, what softmax takes off its gradients.
+    """Gradients of the queries, contiguous, and in `STATS` `[B * H, S, 2]` (S made even) `LSE` and delta, what softmax
+    takes off its gradients.
 
-    `OUT` is the sum, and what the linear part adds to `DELTA` is taken off again, since it is known here anyhow.
+    `OUT` is the sum, and what the linear part adds to delta is taken off again, since it is known here anyhow.
     LINEAR "all" leaves three weights of each query in `PLANES` `[3, B, H, queries]`, which make the record's gradient:
     of phi, of the sum of phi besides, and of the gradient alone. LINEAR "given" finds the linear part of `DQ` written,
     and the second of these planes. PARTS: `GL` is the linear part's own gradient and `OUT` the sparse part.
@@ -285,7 +342,9 @@ def query_backward_kernel(
             lb, ls, lh = _aligned(lb, ALIGN), _aligned(ls, ALIGN), _aligned(lh, ALIGN)
             gl = _tile(GL + b * lb + h * lh, token, ls, rows, cols, tl.where(blocked, left, 0), D, True)
         state = (pair // group).to(tl.int64)
-        product = _dot(gl, tl.trans(_matrix(STATE + state * (D * D), D, BD)))
+        product = tl.zeros((BQ, BD), tl.float32)
+        if left > 0:  # always; products that stand in the loop's own block keep their memory until it ends
+            product = _dot(gl, tl.trans(_matrix(STATE + state * (D * D), D, BD)))
         phi = _features(_tile(Q, at, qs, rows, cols, left, D, True), cols, D, PHI)
         z = tl.load(Z + state * D + cols, mask=cols < D, other=0.0)
         # both sums in one reduction: then phi is needed in one layout only, that of the product
@@ -304,42 +363,54 @@ def query_backward_kernel(
         phi = _features(_tile(Q, at, qs, rows, cols, left, D, True), cols, D, PHI)
         z = tl.load(Z + state * D + cols, mask=cols < D, other=0.0)
         acc = _features_backward((product - mean[:, None]) * z[None, :] * alpha[:, None], phi, PHI)
-    tl.store(DELTA + pair.to(tl.int64) * tokens + at + rows, delta, mask=rows < left)
     lse = tl.load(LSE + pair.to(tl.int64) * tokens + at + rows, mask=rows < left, other=float("inf"))
+    STATS += (pair.to(tl.int64) * ((tokens + 1) // 2 * 2) + at + rows) * 2
+    tl.store(STATS, lse, mask=rows < left)
+    tl.store(STATS + 1, delta, mask=rows < left)
     q = _tile(Q, at, qs, rows, cols, left, D, True)
 
     if BLOCK_K % BK == 0:
         for i in tl.range(0, whole * STEPS, num_stages=STAGES):
             n, offset = _listed(index, i, BLOCK_K, BK)
             place = first + n * BLOCK_K + offset
-            acc = _query_step(q, g, K, V, place, BK, REAL, ks, vs, lse, delta, acc, scale, D, BK, 0)
+            acc = _query_step(
+                q, g, K, V, KT, VT, b, h // group, place, BK, REAL, ks, vs, lse, delta, acc, scale, D, BK, 0, TMA
+            )
     if RAGGED:
         for i in tl.range(whole * STEPS, count * STEPS, num_stages=1):
             n, offset = _listed(index, i, BLOCK_K, BK)
             some = tl.minimum(BLOCK_K - offset, keys - n * BLOCK_K - offset)
             place = first + n * BLOCK_K + offset
-            acc = _query_step(q, g, K, V, place, some, REAL, ks, vs, lse, delta, acc, scale, D, BK, 1)
+            acc = _query_step(
+                q, g, K, V, KT, VT, b, h // group, place, some, REAL, ks, vs, lse, delta, acc, scale, D, BK, 1, TMA
+            )
     if KEPT > 0:
         real = REAL + b * kept
         for i in tl.range(0, tl.cdiv(kept, BK), num_stages=STAGES):
             acc = _query_step(
-                q, g, K, V, kept_at + i * BK, kept - i * BK, real + i * BK, ks, vs, lse, delta, acc, scale, D, BK,
-                0 if KEPT == 1 else 2,
+                q, g, K, V, KT, VT, b, h // group, kept_at + i * BK, kept - i * BK, real + i * BK, ks, vs, lse, delta,
+                acc, scale, D, BK, 0 if KEPT == 1 else 2, TMA,
             )  # fmt: skip
     _put(DQ, at, heads * D, rows, cols, left, acc * (scale * 0.6931471805599453), D)
 
 
 @triton.jit
 def _key_step(
-    k, v, Q, G, LSE, DELTA, at, left, qs, gs, dk, dv, scale, D: tl.constexpr, BQ: tl.constexpr
+    k, v, Q, G, STATS, QT, GT, ST, b, h, pair, at, left, qs, gs, dk, dv, scale,
+    D: tl.constexpr, BQ: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     rows, cols = tl.arange(0, BQ), tl.arange(0, k.shape[1])
     near = tl.minimum(rows, left - 1)  # past the end, if need be of the whole tile, come last rows that weigh nothing
-    q = _tile(Q, at, qs, near, cols, left, D, False)
-    g = _tile(G, at, gs, near, cols, left, D, False)
-    lse = tl.load(LSE + at + rows, mask=rows < left, other=float("inf"))
-    delta = tl.load(DELTA + at + rows, mask=rows < left, other=0.0)
+    q = _block(Q, QT, b, h, at, qs, near, cols, left, D, False, TMA)
+    g = _block(G, GT, b, h, at, gs, near, cols, left, D, False, TMA)
+    if TMA:
+        lse, delta = tl.split(ST.load([pair.to(tl.int32), 2 * at]).reshape(BQ, 2))
+    else:
+        lse = tl.load(STATS + 2 * (at + rows), mask=rows < left, other=float("inf"))
+        delta = tl.load(STATS + 2 * (at + rows) + 1, mask=rows < left, other=0.0)
     p = _exp2(_dot(k, tl.trans(q)) * scale - lse[None, :])
+    if TMA and MASK:  # else what follows the last query are zeros
+        p = tl.where((rows < left)[None, :], p, 0.0)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
     ds = p * (_dot(v, tl.trans(g)) - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
@@ -347,12 +418,12 @@ def _key_step(
 
 @triton.jit
 def key_backward_kernel(
-    Q, K, V, G, LSE, DELTA, INDEX, START, REAL, STATE, Z, FACTOR, DK, DV,
+    Q, K, V, G, STATS, INDEX, START, REAL, STATE, Z, FACTOR, DK, DV, QT, GT, ST,
     queries, keys, first, kept, kept_at, blocks, query_blocks, pairs, heads, group, capacity, starts, scale,
     qb, qs, qh, kb, ks, kh, vb, vs, vh, gb, gs, gh,
     D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr, KEPT: tl.constexpr, PHI: tl.constexpr,
-    LINEAR: tl.constexpr, GROUPED: tl.constexpr,
+    LINEAR: tl.constexpr, GROUPED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values, contiguous: grid (tiles of keys of all key heads).
 
@@ -375,8 +446,8 @@ def key_backward_kernel(
     DV += place
     Q += b * qb + h * group * qh
     G += b * gb + h * group * gh
-    LSE += (b * heads + h * group) * tokens
-    DELTA += (b * heads + h * group) * tokens
+    each = (tokens + 1) // 2 * 2
+    STATS += (b * heads + h * group) * each * 2
     index, count = _list(INDEX, START, pair, capacity, starts, block)
     STEPS: tl.constexpr = (BLOCK_Q + BQ - 1) // BQ
 
@@ -390,13 +461,16 @@ def key_backward_kernel(
         dk = _tile(DK, at, kv_heads * D, rows, cols, inside, D, True).to(tl.float32) * (1.4426950408889634 / scale)
         dv = _tile(DV, at, kv_heads * D, rows, cols, inside, D, True).to(tl.float32)
     if LINEAR == "all":
-        state = _matrix(STATE + pair.to(tl.int64) * (D * D), D, BD)
-        factor = tl.load(FACTOR + pair)
-        dz = tl.load(Z + pair * D + cols, mask=cols < D, other=0.0)
-        dphi = _dot(v, tl.trans(state)) * factor + dz[None, :]
-        phi = _features(k, cols, D, PHI)
-        dk = _features_backward(dphi, phi, PHI) * (1.4426950408889634 / scale)
-        dv = _dot(phi.to(k.dtype), state) * factor
+        dk = tl.zeros((BK, BD), tl.float32)
+        dv = tl.zeros((BK, BD), tl.float32)
+        if left > 0:  # always; products that stand in the loop's own block keep their memory until it ends
+            state = _matrix(STATE + pair.to(tl.int64) * (D * D), D, BD)
+            factor = tl.load(FACTOR + pair)
+            dz = tl.load(Z + pair * D + cols, mask=cols < D, other=0.0)
+            dphi = _dot(v, tl.trans(state)) * factor + dz[None, :]
+            phi = _features(k, cols, D, PHI)
+            dk = _features_backward(dphi, phi, PHI) * (1.4426950408889634 / scale)
+            dv = _dot(phi.to(k.dtype), state) * factor
 
     for i in tl.range(0, count * STEPS, num_stages=STAGES):
         m, offset = _listed(index, i, BLOCK_Q, BQ)
@@ -407,16 +481,16 @@ def key_backward_kernel(
         some = tl.minimum(BLOCK_Q - offset, queries - m * BLOCK_Q - offset)
         start = first + m * BLOCK_Q + offset
         dk, dv = _key_step(
-            k, v, Q + shift * qh, G + shift * gh, LSE + shift * tokens, DELTA + shift * tokens, start, some, qs, gs,
-            dk, dv, scale, D, BQ,
+            k, v, Q + shift * qh, G + shift * gh, STATS + shift * (each * 2), QT, GT, ST, b, h * group + shift,
+            pair * group + shift, start, some, qs, gs, dk, dv, scale, D, BQ, KEPT > 0 or BLOCK_Q % BQ != 0, TMA,
         )  # fmt: skip
     if KEPT > 0:
         steps = tl.cdiv(kept, BQ)
         for i in tl.range(0, group * steps, num_stages=STAGES):
             shift, tile = (i // steps).to(tl.int64), i % steps
             dk, dv = _key_step(
-                k, v, Q + shift * qh, G + shift * gh, LSE + shift * tokens, DELTA + shift * tokens,
-                kept_at + tile * BQ, kept - tile * BQ, qs, gs, dk, dv, scale, D, BQ,
+                k, v, Q + shift * qh, G + shift * gh, STATS + shift * (each * 2), QT, GT, ST, b, h * group + shift,
+                pair * group + shift, kept_at + tile * BQ, kept - tile * BQ, qs, gs, dk, dv, scale, D, BQ, True, TMA,
             )  # fmt: skip
     if KEPT > 1:
         real = _real(REAL + b * kept + token, rows, tl.where(blocked, 0, left), 2) | blocked
