@@ -184,7 +184,9 @@ def query_gradients(
     p: Problem, rows: Lists, linear: Linear, grad: Tensor, grad_part: Tensor, out: Tensor, lse: Tensor,
     planes: Tensor | None = None, dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dq`, stats `[B * H, S, 2]` (S made even) and planes `[3, B, H, queries]` of `query_backward_kernel`; dq, planes may be there."""
+    """`dq`, stats `[B * H, S, 2]` (S made even) and planes `[3, B, H, queries]` of `query_backward_kernel`.
+
+    dq and planes may be there."""
     q, k, v = p.q, p.k, p.v
     batch, _, heads, dim = q.shape
     if dq is None:

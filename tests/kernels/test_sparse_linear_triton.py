@@ -259,19 +259,25 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from linfusion.kernels import sparse_launch, sparse_triton
 
-FP32 = ("LSE", "DELTA", "PLANES", "Z", "BIAS", "FACTOR")
+FP32 = ("LSE", "STATS", "PLANES", "Z", "BIAS", "FACTOR")
+ENGINE = hasattr(triton.language, "make_tensor_descriptor")
 STRIDES = [a + b for a in "qkvgol" for b in "bsh"]
 
 def build(name, dim):
     kernel, tile = getattr(sparse_triton, name + "_kernel"), sparse_launch.tile(name, dim, False, False, 128, 64)
     constants = dict(D=dim, BD=dim, BQ=tile.queries, BK=tile.keys, BLOCK_Q=128, BLOCK_K=64, STAGES=tile.stages, ALIGN=8)
-    constants |= dict(KEPT=0, RAGGED=True, PHI="softmax", LINEAR="all", PROJECT=True, BIASED=True, PARTS=False)
+    constants |= dict(KEPT=0, RAGGED=True, PHI="softmax", LINEAR="all", PROJECT=True, BIASED=True, PARTS=False,
+                      TMA=ENGINE, MOST=2.0**60)
     constants = {n: x for n, x in (constants | dict(GROUPED=False)).items() if n in kernel.arg_names}
     types = {n: "*bf16" if n[0].isupper() else "i32" for n in kernel.arg_names}
     types |= {n: "*fp32" for n in FP32} | {"INDEX": "*i32", "START": "*i32", "REAL": "*u8"}
     types |= {"scale": "fp32", "eps": "fp32"}
+    met = tile.queries if name == "key_backward" else tile.keys
+    if ENGINE:
+        types |= {n: f"tensordesc<bf16[1, {met}, 1, {dim}]>" for n in ("KT", "VT", "QT", "GT")}
+        types["ST"] = f"tensordesc<fp32[1, {2 * met}]>"
     types = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
-    aligned = [i for i, n in enumerate(types) if types[n] != "constexpr" and (n[0].isupper() or n in STRIDES)]
+    aligned = [i for i, n in enumerate(types) if types[n][0] not in "ct" and (n[0].isupper() or n in STRIDES)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = dict(num_warps=tile.warps)
