@@ -114,7 +114,8 @@ def test_everybody_computes_the_op(case):
 
     want = checks.in_float64(op, case, op.oracle(case), inputs, upstream).results(True)
     for name, make in op.peers(case).items():
-        for provider in () if name in ("torch.compile", "fbi-la") else make():
+        providers = [] if name in ("torch.compile", "fbi-la") else make()
+        for provider in (p for p in providers if not p.other):
             got = checks.Bound(op, case, provider, inputs, upstream).results(True)
             assert got.keys() == want.keys()
             for tensor, exact in want.items():
@@ -166,6 +167,15 @@ def test_a_right_kernel_is_written(session, linear):
     assert written(session) == both and not session.refused
     assert table.read(session.file)[0]._replace(date="") == session.rows[0]._replace(date="")
     assert any("1.00 x torch" in line for line in session.lines)
+
+
+def test_a_peer_with_other_maths(session, linear):
+    """It may leave inputs alone, and nobody says how far off it is."""
+    linear.peers = lambda case: {"exact": lambda: [Provider(lambda q, k, v: 2 * q, other=True)]}
+    runner.measure(linear, linear.case, session)
+    assert [(p, d) for p, d in written(session) if p == "exact"] == [("exact", "forward"), ("exact", "backward")]
+    assert not any("exact" in line and "error" in line for line in session.lines)
+    assert any("linfusion" in line and "error" in line for line in session.lines)
 
 
 def shifted(out, by):
