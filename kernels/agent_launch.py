@@ -35,41 +35,43 @@ class Blocks(NamedTuple):
 
 
 MANY = 2**31
-# by kernel, largest head dim and largest number of agents, for 16-bit inputs; chosen by what sm_90 has registers for
-# (none spills, with a bias or without), not yet by time
+# by kernel, largest head dim and largest number of agents, for 16-bit inputs; those of head dims 64 and 128 without a
+# bias measured on an H100 (bench/NOTES.md)
 BLOCKS = {
     "gather": {
-        (64, 64): Blocks(64, 128, 4, 3, 3), (64, MANY): Blocks(128, 64, 8, 3, 2),
-        (128, 64): Blocks(64, 64, 4, 3, 2), (128, MANY): Blocks(128, 64, 8, 3, 1),
+        (64, 64): Blocks(64, 128, 4, 3, 1), (64, MANY): Blocks(64, 128, 4, 3, 2),
+        (128, 64): Blocks(64, 64, 4, 3, 1), (128, MANY): Blocks(64, 64, 4, 3, 4),
         (256, MANY): Blocks(64, 32, 8, 2, 1),
     },
     "read": {
-        (64, 64): Blocks(64, 64, 4, 4, 4), (64, 128): Blocks(128, 64, 4, 3, 3), (64, MANY): Blocks(64, 128, 8, 3, 2),
-        (128, 64): Blocks(64, 64, 4, 3, 2), (128, 128): Blocks(128, 64, 4, 2, 2),
-        (128, MANY): Blocks(64, 128, 8, 3, 1), (256, 64): Blocks(64, 64, 8, 2, 1), (256, MANY): Blocks(32, 64, 8, 2, 1),
+        (64, 64): Blocks(64, 64, 4, 3, 4), (64, 128): Blocks(128, 64, 4, 3, 3), (64, 256): Blocks(256, 64, 4, 3, 2),
+        (64, MANY): Blocks(64, 64, 4, 3, 1),
+        (128, 64): Blocks(64, 64, 4, 3, 2), (128, 128): Blocks(128, 128, 8, 3, 1),
+        (128, 256): Blocks(256, 64, 4, 3, 2), (128, MANY): Blocks(64, 128, 8, 3, 1),
+        (256, 64): Blocks(64, 64, 8, 2, 1), (256, MANY): Blocks(32, 64, 8, 2, 1),
     },
     "query_whole": {
-        (64, 64): Blocks(64, 64, 4, 2, 2), (64, 128): Blocks(128, 32, 8, 2, 1),
-        (128, 64): Blocks(64, 64, 8, 2, 1), (256, 64): Blocks(64, 32, 8, 1, 1),
+        (64, 64): Blocks(64, 64, 4, 1, 2), (64, 128): Blocks(128, 64, 8, 1, 2),
+        (128, 64): Blocks(64, 128, 8, 2, 1), (256, 64): Blocks(64, 32, 8, 1, 1),
     },
     "key_whole": {
-        (64, 64): Blocks(64, 32, 4, 2, 2), (64, 128): Blocks(128, 32, 8, 2, 1),
-        (128, 64): Blocks(64, 32, 8, 2, 1), (256, 64): Blocks(64, 32, 8, 1, 1),
+        (64, 64): Blocks(64, 64, 4, 1, 4), (64, 128): Blocks(128, 64, 4, 2, 2),
+        (128, 64): Blocks(64, 128, 8, 2, 1), (256, 64): Blocks(64, 32, 8, 1, 1),
     },
     "query_tokens": {
-        (64, MANY): Blocks(64, 128, 8, 2, 1), (128, MANY): Blocks(64, 64, 4, 2, 1),
+        (64, MANY): Blocks(32, 64, 4, 3, 1), (128, MANY): Blocks(64, 64, 4, 2, 1),
         (256, MANY): Blocks(32, 64, 8, 2, 1),
     },
     "key_tokens": {
-        (64, MANY): Blocks(64, 128, 8, 2, 1), (128, MANY): Blocks(32, 64, 4, 2, 1),
+        (64, MANY): Blocks(32, 64, 4, 3, 1), (128, MANY): Blocks(64, 64, 4, 2, 1),
         (256, MANY): Blocks(32, 64, 8, 2, 1),
     },
     "query_agents": {
-        (64, MANY): Blocks(128, 64, 8, 2, 1), (128, MANY): Blocks(64, 32, 4, 2, 2),
+        (64, MANY): Blocks(64, 64, 4, 2, 2), (128, MANY): Blocks(64, 64, 4, 2, 4),
         (256, MANY): Blocks(64, 16, 8, 2, 1),
     },
     "key_agents": {
-        (64, MANY): Blocks(128, 64, 8, 2, 1), (128, MANY): Blocks(128, 64, 8, 2, 1),
+        (64, MANY): Blocks(64, 128, 4, 2, 2), (128, MANY): Blocks(64, 64, 4, 2, 4),
         (256, MANY): Blocks(64, 16, 8, 2, 1),
     },
 }  # fmt: skip
