@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .op import Missing, Provider
 
@@ -95,6 +97,19 @@ def eager_lit(grid: tuple[int, int], eps: float) -> list[Provider]:
         return out.transpose(1, 2) + convolve(v, weight, bias, grid)
 
     return [Provider(heads_before, heads_first, heads_first), Provider(tokens_before)]
+
+
+def exact(backend: SDPBackend | None = None) -> Provider:
+    """Softmax attention over all tokens: what a mechanism stands in for, so it leaves the other inputs alone.
+
+    By the backend named, else by the one that torch chooses.
+    """
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **others: Tensor) -> Tensor:
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return Provider(call, heads_first, heads_first, other=True)
 
 
 def compiled(providers: list[Provider]) -> list[Provider]:
