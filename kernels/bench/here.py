@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import launch
 from ..backend import use_backend
 from ..crossovers import Crossover, own_file, write
 from . import peers, timing
@@ -30,6 +31,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 AGENTS = 49
 
 
+RADIUS = 8
+
+
 class Ladder(NamedTuple):
     """An op of the library, the benchmark that knows it, what a shape needs besides, and whether it is attention."""
 
@@ -42,6 +46,8 @@ class Ladder(NamedTuple):
 LADDERS = (
     Ladder("linear_attention", "linear", lambda side: (), True),
     Ladder("agent_attention", "agent", lambda side: (("a", AGENTS),), True),
+    Ladder("window_attention", "window", lambda side: (("g", (side, side)), ("t", 0), ("r", RADIUS)), True),
+    Ladder("qk_norm_rope", "prologue", lambda side: (), False),
     Ladder("depthwise_conv", "depthwise", lambda side: (("g", (side, side)), ("c", 3)), False),
 )
 
@@ -56,6 +62,7 @@ def measure(session: Session, path: Path | None = None) -> Path:
                 session.say(str(found[-1]))
     path, gpu = path or own_file(), torch.cuda.get_device_name(session.device)
     about = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "torch": torch.__version__}
+    launch.forget()  # what was chosen before
     write(path, gpu, about | {"triton": triton_version(), "git": session.git}, found)
     session.say(f"{gpu}: written to {path}")
     return path

@@ -8,8 +8,11 @@ from .depthwise import Depthwise, LiT
 from .linear import Linear
 from .op import Bench, Case
 from .prologue import Prologue
+from .window import Window
 
-KERNELS: dict[str, Bench] = {op.name: op for op in (Linear(), Depthwise(), LiT(), Prologue(), Agent(), Pool())}
+KERNELS: dict[str, Bench] = {
+    op.name: op for op in (Linear(), Depthwise(), LiT(), Prologue(), Window(), Agent(), Pool())
+}
 MODELS: dict[str, Bench] = {op.name: op for op in (Flux(), SDXL())}
 OPS = KERNELS | MODELS
 

@@ -29,6 +29,7 @@ def triton():
 @pytest.fixture(autouse=True)
 def few_operations(monkeypatch):
     """Blocks that suit the interpreter: it pays for the number of operations, not for their size."""
+    monkeypatch.setattr(agent_launch, "multiprocessors", lambda device: 1)
     if DEVICE == "cpu":
         monkeypatch.setattr(agent_launch, "WIDE", agent_launch.Blocks(64, 64, 4, 1, 1))
 
