@@ -341,8 +341,9 @@ def _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, MASK: tl.constexpr):
     if MASK:
         p = tl.where(near, p, 0.0)
     dv = _dot(p.to(do.dtype), do, dv)
-    ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
-    return _dot(ds.to(q.dtype), q, dk), dv
+    # a product that begins with -delta needs no registers for it, nor a subtraction
+    dp = _dot(v, do.T, tl.broadcast_to(-delta[None, :], p.shape))
+    return _dot((p * dp).to(q.dtype), q, dk), dv
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -88,6 +88,7 @@ CASES = {
     "a ball": dict(grid=(3, 4, 8), radius=2, text=2, text_first=False, heads=1),
     "D 40": dict(grid=(9, 12), radius=4, text=5, dim=40),
     "D 72": dict(grid=(8, 9), radius=3, text=5, dim=72),
+    "D 160": dict(grid=(5, 7), radius=3, text=5, heads=1, dim=160),
 }
 
 
