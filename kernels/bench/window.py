@@ -124,7 +124,7 @@ def flex(shape: Shape, tile: tuple[int, int] | None = None, device: str = "cuda"
 
     Tokens are put in tiles before the clock starts: a model would do that once, not in each layer.
     """
-    (rows, columns), text, radius = shape.get("g"), shape.get("t"), shape.get("r")
+    (rows, columns), text, radius, box = (shape.get(key) for key in ("g", "t", "r", "box"))
     height, width = tile or (1, columns)
     across = columns // width
 
@@ -136,7 +136,7 @@ def flex(shape: Shape, tile: tuple[int, int] | None = None, device: str = "cuda"
         (q_y, q_x), (k_y, k_x) = place(q - text), place(k - text)
         y, x = q_y - k_y, q_x - k_x
         near = y * y + x * x < radius * radius
-        if shape.get("box"):
+        if box:
             near = (y * y < radius * radius) & (x * x < radius * radius)
         return (q < text) | (k < text) | near
 
