@@ -96,6 +96,9 @@ def test_quantiles():
 # correctness comes first
 
 
+NOT_HERE = ("torch.compile", "fbi-la", "official-", *window.FLEX)  # need a GPU, or take long
+
+
 def little(case):
     """A few tokens of a case, in fp32, which the CPU computes as well as any."""
     return replace(ops.KERNELS[case.op].cut(case, 40), dtype=torch.float32, directions=DIRECTIONS)
@@ -114,7 +117,7 @@ def test_everybody_computes_the_op(case):
 
     want = checks.in_float64(op, case, op.oracle(case), inputs, upstream).results(True)
     for name, make in op.peers(case).items():
-        providers = [] if name in ("torch.compile", "fbi-la", *window.FLEX) else make()
+        providers = [] if name.startswith(NOT_HERE) else make()
         for provider in (p for p in providers if not p.other):
             got = checks.Bound(op, case, provider, inputs, upstream).results(True)
             assert got.keys() == want.keys()
@@ -185,6 +188,15 @@ def test_a_right_kernel_is_written(session, linear):
     assert written(session) == both and not session.refused
     assert table.read(session.file)[0]._replace(date="") == session.rows[0]._replace(date="")
     assert any("1.00 x torch" in line for line in session.lines)
+
+
+def test_a_peer_with_other_maths(session, linear):
+    """It may leave inputs alone, and nobody says how far off it is."""
+    linear.peers = lambda case: {"exact": lambda: [Provider(lambda q, k, v: 2 * q, other=True)]}
+    runner.measure(linear, linear.case, session)
+    assert [(p, d) for p, d in written(session) if p == "exact"] == [("exact", "forward"), ("exact", "backward")]
+    assert not any("exact" in line and "error" in line for line in session.lines)
+    assert any("linfusion" in line and "error" in line for line in session.lines)
 
 
 def shifted(out, by):
