@@ -125,11 +125,12 @@ def flex(shape: Shape, tile: tuple[int, int] | None = None, device: str = "cuda"
     Tokens are put in tiles before the clock starts: a model would do that once, not in each layer.
     """
     (rows, columns), text, radius, box = (shape.get(key) for key in ("g", "t", "r", "box"))
-    height, width = tile or (1, columns)
-    across = columns // width
 
     def place(i: Tensor) -> tuple[Tensor, Tensor]:
-        number, inside = i // (height * width), i % (height * width)
+        if tile is None:
+            return i // columns, i % columns
+        height, width = tile
+        number, inside, across = i // (height * width), i % (height * width), columns // width
         return number // across * height + inside // width, number % across * width + inside % width
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
