@@ -60,7 +60,7 @@ def centre_kernel(
 @triton.jit
 def scores_kernel(
     PQ, PK, CENTRE, OUT, queries, keys, group,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of query block means and centred key block means: grid (tiles of queries, tiles of keys, B * H)."""
     bh = tl.program_id(2).to(tl.int64)
@@ -75,7 +75,7 @@ def scores_kernel(
         a = tl.load(PQ + m[:, None] * D + cols[None, :], mask=(m < queries)[:, None] & ok[None, :], other=0.0)
         b = tl.load(PK + n[:, None] * D + cols[None, :], mask=(n < keys)[:, None] & ok[None, :], other=0.0)
         b -= tl.load(CENTRE + cols, mask=ok, other=0.0)[None, :]
-        scores = tl.dot(a, tl.trans(b), scores, input_precision="ieee")
+        scores = tl.dot(a, tl.trans(b), scores, input_precision=PRECISION)
     place = bh * queries * keys + m.to(tl.int64)[:, None] * keys + n[None, :]
     tl.store(OUT + place, scores, mask=(m < queries)[:, None] & (n < keys)[None, :])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .backend import HAS_TRITON, shared_memory
 from .descriptors import readable, tiles
 from .launch import launch
+from .linear_launch import READ_TOGETHER
 from .routing_launch import Lists, alignment, padded_dim
 
 if HAS_TRITON:
@@ -258,6 +259,8 @@ def key_gradients(
 
 def fold(records: Tensor, weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Of partial records `[B * H, parts, D + 2, D]`: the sum `[B * H, D, D]`, and state and z of `Linear`."""
+    if records.shape[1] > READ_TOGETHER:
+        records = records.sum(1, keepdim=True)
     groups, parts, _, dim = records.shape
     sums, state, z = (
         torch.empty((groups, *shape), dtype=kind, device=records.device)

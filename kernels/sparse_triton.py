@@ -148,8 +148,34 @@ def _forward_step(
 
 
 @triton.jit
+def _behind(
+    q, K, V, KT, VT, b, h, index, steps, first, s, ks, vs, acc, peak, total, scale,
+    D: tl.constexpr, BK: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Whole tiles of the listed blocks, `s` being the first one's scores: values are summed one tile behind, so that
+    the tensor cores do it while the next exponentials are taken."""
+    rows, cols = tl.arange(0, BK), tl.arange(0, q.shape[1])
+    p = _exp2(s * scale - peak[:, None])
+    total = tl.where(steps > 0, tl.sum(p, 1), 0.0)
+    place = first + tl.load(index, mask=steps > 0, other=0) * BLOCK_K
+    for i in tl.range(1, steps, num_stages=STAGES):
+        n, offset = _listed(index, i, BLOCK_K, BK)
+        v = _block(V, VT, b, h, place, vs, rows, cols, BK, D, False, TMA)
+        place = first + n * BLOCK_K + offset
+        k = _block(K, KT, b, h, place, ks, rows, cols, BK, D, False, TMA)
+        s = _dot(q, tl.trans(k))
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        p = _exp2(s * scale - peak[:, None])
+        total += tl.sum(p, 1)
+    if steps > 0:
+        v = _block(V, VT, b, h, place, vs, rows, cols, BK, D, False, TMA)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, total
+
+
+@triton.jit
 def _attend(
-    q, K, V, KT, VT, b, h, index, whole, count, REAL, ks, vs, peak, keys, first, kept, kept_at, scale,
+    q, K, V, KT, VT, b, h, index, whole, count, REAL, ks, vs, s, peak, keys, first, kept, kept_at, scale,
     D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, KEPT: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +184,12 @@ def _attend(
     STEPS: tl.constexpr = (BLOCK_K + BK - 1) // BK
     acc = tl.zeros((BQ, BD), tl.float32)
     total = tl.zeros((BQ,), tl.float32)
-    if BLOCK_K % BK == 0:
+    if FAST and BLOCK_K % BK == 0:
+        acc, total = _behind(
+            q, K, V, KT, VT, b, h, index, whole * STEPS, first, s, ks, vs, acc, peak, total, scale, D, BK, BLOCK_K,
+            STAGES, TMA,
+        )  # fmt: skip
+    if not FAST and BLOCK_K % BK == 0:
         for i in tl.range(0, whole * STEPS, num_stages=STAGES):
             n, offset = _listed(index, i, BLOCK_K, BK)
             place = first + n * BLOCK_K + offset
@@ -221,21 +252,23 @@ def forward_kernel(
 
     q = _tile(Q, at, qs, rows, cols, left, D, True)
     h_k = h // group
+    s = tl.zeros((BQ, BK), tl.float32)
     peak = tl.full((BQ,), float("-inf"), tl.float32)
     if MOST > 0:
         n = tl.load(index, mask=count > 0, other=0) * BLOCK_K
         keyed = tl.arange(0, BK)
         there = tl.minimum(BLOCK_K, keys - n)
-        s = _dot(q, tl.trans(_block(K, KT, b, h_k, first + n, ks, keyed, cols, there, D, True, TMA)))
+        if left > 0:  # always; products that stand in the loop's own block keep their memory until it ends
+            s = _dot(q, tl.trans(_block(K, KT, b, h_k, first + n, ks, keyed, cols, there, D, True, TMA)))
         peak = tl.max(tl.where((keyed < there)[None, :], s, float("-inf")), 1) * scale
     acc, peak, total = _attend(
-        q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, peak, keys, first, kept, kept_at, scale,
+        q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, s, peak, keys, first, kept, kept_at, scale,
         D, BD, BQ, BK, BLOCK_K, STAGES, KEPT, RAGGED, TMA, MOST > 0,
     )  # fmt: skip
     if MOST > 0:  # noqa: SIM102
         if tl.sum((total >= MOST).to(tl.int32)) > 0:
             acc, peak, total = _attend(
-                q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, peak - float("inf"), keys, first, kept,
+                q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, s, peak - float("inf"), keys, first, kept,
                 kept_at, scale, D, BD, BQ, BK, BLOCK_K, 1, KEPT, RAGGED, TMA, False,
             )  # fmt: skip
     tokens = queries + kept

@@ -9,6 +9,7 @@ import copy
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..backend import without_triton
 from . import timing
 from .checks import relative_error
-from .op import Bench, Case
+from .op import Bench, Case, Missing
 from .report import OURS
 from .runner import Session, one_line, release
 
@@ -43,6 +44,13 @@ class Model(Bench):
             if session.wants(name):
                 with _Backend(model, backend):
                     self._time(model, inputs, case, name, session)
+            for name, core in self.cores().items():
+                if session.wants(name):
+                    try:
+                        with core():
+                            self._time(model, inputs, case, name, session)
+                    except Missing as error:
+                        session.say(f"{self.name} {case.shape}: {name} left out, {error}")
             for mechanism, config in right.items():
                 # the backend is the host's business, and only its own attention uses it
                 with _Backend(model, backend if mechanism == "softmax" else None), _applied(model, config):
@@ -59,6 +67,10 @@ class Model(Bench):
     @abstractmethod
     def mechanisms(self) -> dict[str, Any]:
         """What `linfusion.apply` takes, by name."""
+
+    def cores(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+        """Others by name: what puts theirs in the place of the host's self-attention, after norms and rotation."""
+        return {}
 
     def _right(self, mechanism: str, config: Any, session: Session) -> bool:
         name = f"{self.name} {mechanism}"

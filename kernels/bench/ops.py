@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .denoisers import SDXL, Flux
+from .denoisers import SDXL, Flux, Wan
 from .depthwise import Depthwise, LiT
 from .linear import Linear
 from .op import Bench, Case
@@ -10,7 +10,7 @@ from .prologue import Prologue
 from .sla import SLA
 
 KERNELS: dict[str, Bench] = {op.name: op for op in (Linear(), Depthwise(), LiT(), Prologue(), SLA())}
-MODELS: dict[str, Bench] = {op.name: op for op in (Flux(), SDXL())}
+MODELS: dict[str, Bench] = {op.name: op for op in (Flux(), SDXL(), Wan())}
 OPS = KERNELS | MODELS
 
 

@@ -92,11 +92,17 @@ def test_as_good_as_the_formula(case, dtype, assert_accurate, launched):
     assert set(launched) >= (ALL if settings["linear"] == "all" else REST)
 
 
-@pytest.mark.parametrize("linear", ["all", "complement"])
-def test_both_parts_and_their_gradients(linear):
-    leaves, options = inputs(60, text=5, heads=1, kv_heads=1, dim=16, batch=1)
+@pytest.mark.parametrize(
+    ("linear", "topk", "block_k"),
+    [("all", 0.4, 16), ("complement", 0.1, 16), ("marginal", 0.4, 16), ("complement", 0.4, 64), ("marginal", 0.4, 64)],
+    ids=["all", "complement-one-block", "marginal", "complement-of-everything", "marginal-of-everything"],
+)
+def test_both_parts_and_their_gradients(linear, topk, block_k):
+    """At 64 keys a block, there is one, and nothing is left for the linear part: 0, and no gradient."""
+    leaves, options = inputs(60, text=6, heads=1, kv_heads=1, dim=16, batch=1)
     leaves = on_device(leaves, torch.float32)
-    settings = options | dict(topk=0.4, block_q=32, block_k=16, linear=linear, skip=0.0, return_parts=True)
+    skip = 0.3 if linear == "marginal" else 0.0
+    settings = options | dict(topk=topk, block_q=32, block_k=block_k, linear=linear, skip=skip, return_parts=True)
     exact_leaves = double(leaves)
     got, want = call(leaves, **settings), call(exact_leaves, reference.sparse_linear_attention, **settings)
     grads = [torch.randn_like(x) for x in got]
@@ -105,6 +111,19 @@ def test_both_parts_and_their_gradients(linear):
     for name, a, b in zip(("sparse", "linear", *NAMES), (*got, *got_grads), (*want, *want_grads), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert (got[1] - want[0]).abs().max() > 0.1  # the parts differ
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_scores_that_leave_the_first_block_far_behind(dtype):
+    """What softmax is measured from is the first block's highest score, until that overflows."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 70, 1, 16, device=DEVICE, dtype=dtype).unbind()
+    k[:, 40:44] = 60 * q[:, :4]
+    settings = dict(topk=0.99, block_q=32, block_k=16)
+    out = sla(q, k, v, **settings)
+    want = reference.sparse_linear_attention(q.double(), k.double(), v.double(), **settings)
+    torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=1e-4 if dtype == torch.float32 else 2e-2)
 
 
 def test_one_token():
@@ -203,7 +222,7 @@ def test_attention_by_a_map_of_ones_own(kernels, launched):
     for a, b in zip((out, *got), (want, *torch.autograd.grad(want, exact, grad.double())), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
     if not kernels:
-        ones = block_sparse_attention(*leaves, torch.ones(1, 1, 3, 6, dtype=torch.bool), block_q=32, block_k=16)
+        ones = block_sparse_attention(*leaves, torch.ones(1, 1, 3, 6, dtype=torch.bool, device=DEVICE), block_q=32, block_k=16)
         assert (ones - out).abs().max() > 0.1
         with pytest.raises(ValueError, match=r"= \[1, 2, 3, 6\] .* got torch.bool \[1, 2, 3, 5\]"):
             block_sparse_attention(*leaves, chosen[..., :5], block_q=32, block_k=16)
