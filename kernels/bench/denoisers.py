@@ -121,7 +121,7 @@ class Wan(Model):
         return {"softmax": lf.Softmax(), "sla": lf.SLA(topk=0.05)}
 
     def cores(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
-        """"no-attention" hands the values on: all the rest of the model."""
+        """What is called no attention hands the values on: all the rest of the model."""
         return {
             "no-attention": partial(self_attention_by, lambda: lambda q, k, v: v),
             "official-sla": partial(self_attention_by, _official_sla),
@@ -129,7 +129,7 @@ class Wan(Model):
 
 
 def _official_sla() -> Callable[..., Tensor]:
-    call = peers.official_sla(128, 0.05, 128).call
+    call: Callable[..., Any] = peers.official_sla(128, 0.05, 128).call
     weight, bias = torch.zeros(128, 128, device="cuda"), torch.zeros(128, device="cuda")
 
     def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -142,8 +142,9 @@ def _official_sla() -> Callable[..., Tensor]:
 @contextmanager
 def self_attention_by(make: Callable[[], Callable[..., Tensor]]) -> Iterator[None]:
     """Wan's attention among `[B, S, H, D]` of one length, which its cross-attention never has here."""
-    from diffusers.models.transformers import transformer_wan as host
+    from diffusers.models.transformers import transformer_wan
 
+    host: Any = transformer_wan
     core, stock = make(), host.dispatch_attention_fn
 
     def dispatch(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:

@@ -222,7 +222,9 @@ def test_attention_by_a_map_of_ones_own(kernels, launched):
     for a, b in zip((out, *got), (want, *torch.autograd.grad(want, exact, grad.double())), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
     if not kernels:
-        ones = block_sparse_attention(*leaves, torch.ones(1, 1, 3, 6, dtype=torch.bool, device=DEVICE), block_q=32, block_k=16)
+        ones = block_sparse_attention(
+            *leaves, torch.ones(1, 1, 3, 6, dtype=torch.bool, device=DEVICE), block_q=32, block_k=16
+        )
         assert (ones - out).abs().max() > 0.1
         with pytest.raises(ValueError, match=r"= \[1, 2, 3, 6\] .* got torch.bool \[1, 2, 3, 5\]"):
             block_sparse_attention(*leaves, chosen[..., :5], block_q=32, block_k=16)
