@@ -21,7 +21,7 @@ MOST_BLOCKS = 1 << 15
 
 # three products in TF32 keep 21 bits, nearly all of fp32's 24, at several times the speed
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
-MEANS = (32, 4)
+MEANS = (16, 2)
 """Tokens that a program takes at once for a mean, and its warps."""
 
 SELECT_ROWS = 1
@@ -66,9 +66,11 @@ def block_means(x: Tensor, block: int, pivot: bool) -> Tensor:
     return means
 
 
-def block_scores(q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:
+def block_scores(q: Tensor, k: Tensor, block_q: int, block_k: int, means_k: Tensor | None = None) -> Tensor:
     """`[B * H, query blocks, key blocks]` in fp32: products of block means, of k less its mean over all tokens."""
-    means_q, means_k = block_means(q, block_q, False), block_means(k, block_k, True)
+    means_q = block_means(q, block_q, False)
+    if means_k is None:
+        means_k = block_means(k, block_k, True)
     (pairs, queries, dim), (groups, keys, _) = means_q.shape, means_k.shape
     centre = torch.empty((groups, dim), dtype=torch.float32, device=q.device)
     launch(
@@ -105,10 +107,11 @@ def choose(scores: Tensor, chosen: int, dropped: int, second: int) -> tuple[List
 
 
 def route(
-    q: Tensor, k: Tensor, block_q: int, block_k: int, chosen: int, dropped: int = 0, second: int = 0
-) -> tuple[Lists, Lists | None]:
-    """The lists of `choose` for q, k `[B, S, H, D]`, in groups of `B * H`."""
-    return choose(block_scores(q, k, block_q, block_k), chosen, dropped, second)
+    q: Tensor, k: Tensor, block_q: int, block_k: int, chosen: int, dropped: int = 0, second: int = 0,
+    means_k: Tensor | None = None,
+) -> tuple[Lists, Lists | None]:  # fmt: skip
+    """The lists of `choose` for q, k `[B, S, H, D]`, in groups of `B * H`; k's block means may be there."""
+    return choose(block_scores(q, k, block_q, block_k, means_k), chosen, dropped, second)
 
 
 def to_map(lists: Lists, queries: int, keys: int) -> Tensor:

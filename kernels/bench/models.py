@@ -68,6 +68,10 @@ class Model(Bench):
     def mechanisms(self) -> dict[str, Any]:
         """What `linfusion.apply` takes, by name."""
 
+    def checked(self, config: Any) -> Any:
+        """With which settings a mechanism is checked, if others than those that are timed."""
+        return config
+
     def cores(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
         """Others by name: what puts theirs in the place of the host's self-attention, after norms and rotation."""
         return {}
@@ -90,7 +94,7 @@ class Model(Bench):
         """Relative error of the model's output with our kernels, and twice that without, plus one rounding."""
         model = self.build(device, few=True)
         inputs = self.inputs(CHECK_PX, device)
-        with _applied(model, config):
+        with _applied(model, self.checked(config)):
             for name, p in model.named_parameters():
                 if ".linfusion." in name:  # last layers start at zero and would hide what is before them
                     fill(name, p)
