@@ -1,5 +1,6 @@
 """Triton's sparse-linear attention in its interpreter, against the formula written out block by block in float64."""
 
+import math
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from linfusion.kernels import block_map, block_sparse_attention, reference, routing_launch, sparse_launch
+from linfusion.kernels import block_map, block_sparse_attention, linear_launch, reference, routing_launch, sparse_launch
 from linfusion.kernels import sparse_linear_attention as sla
 from linfusion.kernels.backend import interpreted, without_triton
 from linfusion.kernels.block_sparse import lacking
@@ -204,6 +205,40 @@ def test_the_map():
     assert block_map(q, k, topk=1.0).all()
 
 
+@pytest.mark.parametrize("second", [0, 1, 2])
+def test_the_highest_and_the_lowest_of_each_row(second):
+    """Ties go to the first and are dropped from the last; what is no number counts as the lowest."""
+    torch.manual_seed(0)
+    rows = torch.randn(8, 37, device=DEVICE)
+    rows[1] = rows[1].round()
+    rows[2] = 0.25
+    rows[3, ::2], rows[3, 1::2] = -1e-30, 1e30
+    rows[4, 5], rows[4, 7], rows[4, 9] = float("inf"), float("-inf"), float("nan")
+    rows[5] = -rows[5].abs()
+    rows[6] = 0
+    rows[6, 20:] = -0.0
+    chosen, dropped = 5, 9
+    lists, other = routing_launch.choose(rows[None], chosen, dropped, second)
+    order = rows.nan_to_num(-3e38, 3e38, -3e38).sort(dim=1, descending=True, stable=True).indices
+    best, rest, lowest = order.split((chosen, 37 - chosen - dropped, dropped), dim=1)
+    want = torch.cat((best.sort(1).values.flatten(), torch.arange(37, device=DEVICE)))
+    assert torch.equal(lists.entries[0].long(), want)
+    if other is not None:
+        want = rest if second == 2 else torch.cat((best, lowest), dim=1)
+        assert torch.equal(other.entries[0].long(), want.sort(1).values.flatten())
+
+
+def test_one_pass_for_block_means_and_states(launched):
+    k, v = torch.randn(2, 2, 150, 2, 40, device=DEVICE).half().unbind()
+    means = torch.empty(4, 3, 40, device=DEVICE)
+    linear_launch.partial_records(k, v, "softmax", budget=math.inf, means=means)
+    want = torch.stack([x.double().mean(1) for x in k.split(64, 1)], 2).flatten(0, 1)
+    torch.testing.assert_close(means.double(), want, rtol=1e-5, atol=1e-6)
+    assert "means_kernel" not in launched
+    sla(k, k, v, topk=0.5, block_q=64, block_k=64)
+    assert launched.count("means_kernel") == 1  # of the queries
+
+
 @pytest.mark.parametrize("kernels", [True, False], ids=["triton", "torch"])
 def test_attention_by_a_map_of_ones_own(kernels, launched):
     torch.manual_seed(0)
@@ -310,7 +345,7 @@ def build(name, dim):
         command = [get_ptxas(90).path, "-arch=sm_90a", "-v", file, "-o", file + ".cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     print(name, dim, said)
-    spilled = int(re.search(r"(\d+) bytes spill stores", said).group(1))
+    spilled = int(re.search(r"(\\d+) bytes spill stores", said).group(1))
     assert spilled <= 16, name + said  # once, before the loop
 
 for name in ("forward", "query_backward", "key_backward"):
