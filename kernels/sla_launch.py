@@ -91,15 +91,14 @@ def forward(
     chosen, dropped, fewer = _counts(s, -(-p.keys // s.block_k))
     # of linear parts over the rest, lists of what is left out or of what is summed up; those chosen are at hand
     second = 0 if s.linear == "all" or (fewer and dropped == 0) else 1 if fewer else 2
-    means = part = records = None
+    means = part = None
     if s.linear == "all":
         if p.kept == 0 and s.block_k == tokens_at_once(k):  # one pass over k for both
             shape = (k.shape[0] * k.shape[2], -(-p.keys // s.block_k), k.shape[3])
             means = torch.empty(shape, dtype=torch.float32, device=q.device)
-        records = _records(p, s.feature_map, means)
+        sums, state, z = fold(_records(p, s.feature_map, means), weight, q.dtype)
     rows, other = route(p.blocked(q), p.blocked(k), s.block_q, s.block_k, chosen, dropped, second, means)
-    if records is not None:
-        sums, state, z = fold(records, weight, q.dtype)
+    if s.linear == "all":
         if s.parts:
             part = torch.empty(p.blocked(q).shape, dtype=q.dtype, device=q.device)
         linear = Linear("all", s.feature_map, part, state, z, bias, LINEAR_EPS / k.shape[1], s.parts)

@@ -30,11 +30,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-# by kernel and largest head dim, for 16-bit inputs; those of 128 measured on an H100 (bench/NOTES.md)
+# by kernel and largest head dim, for 16-bit inputs; those of 64 and 128 measured on an H100 (bench/NOTES.md)
 TILES = {
-    "forward": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 4), 256: Tile(64, 32, 8, 2)},
-    "query_backward": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 8, 1)},
-    "key_backward": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 8, 1)},
+    "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 4), 256: Tile(64, 32, 8, 2)},
+    "query_backward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 8, 1)},
+    "key_backward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 8, 1)},
     "rest_query": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
     "rest_key": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2)},
 }
