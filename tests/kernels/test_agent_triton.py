@@ -283,7 +283,7 @@ from triton.backends.compiler import GPUTarget
 from linfusion.kernels import agent_launch, agent_pool_triton, agent_triton as kernels
 
 def build(name, kernel, agents, dim, rank, **constants):
-    block = agent_launch.blocks(name, agents, dim, False)
+    block = agent_launch.blocks(name, agents, dim, False, rank)
     constants |= dict(D=dim, BD=dim, BN=block.agents, BS=block.tokens, R=rank, STAGES=block.stages, ALIGN=8)
     constants |= dict(ONE=agents <= block.agents, FULL=agents % block.agents == 0)
     return compiled(kernel, block.warps, **constants)
@@ -303,7 +303,8 @@ def compiled(kernel, warps, **constants):
             file.write(made.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True).stdout
-    assert re.search(r"STACK:0 ", usage), (kernel.__name__, constants, usage)
+    # a few spilled registers were measured to be better than smaller blocks
+    assert int(re.search(r"STACK:(\\d+) ", usage)[1]) <= 96, (kernel.__name__, constants, usage)
     assert made.metadata.shared <= 227 * 1024
 
 for side in ("query", "key"):
@@ -324,7 +325,7 @@ for kernel in (agent_pool_triton.pool_kernel, agent_pool_triton.pool_backward_ke
 
 
 def test_the_compiler_takes_them():
-    """Without spilling registers; it also checks types that the interpreter does not. None of it needs a GPU."""
+    """Hardly spilling registers; it also checks types that the interpreter does not. None of it needs a GPU."""
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
