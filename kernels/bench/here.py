@@ -29,6 +29,7 @@ HEADS = 16
 DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float32)
 AGENTS = 49
+LONG = 5.0  # milliseconds, after which no launch is seen
 
 
 RADIUS = 8
@@ -82,15 +83,22 @@ def climb(ladder: Ladder, dim: int, dtype: torch.dtype, session: Session) -> Cro
         ours, exact = (Bound(op, case, p, inputs, upstream).ready("forward") for p in (op.ours(case), peers.exact()))
         with use_backend("triton"):
             fine = checked(op, case, session, inputs, upstream) is not None
-            in_triton = timing.loop(ours)[0] if fine else math.inf
+            in_triton = _each(ours) if fine else math.inf
         with use_backend("torch"):
-            in_torch = timing.loop(ours)[0]
+            in_torch = _each(ours)
         wins.append((case.shape.elements, in_triton <= in_torch))
-        if ladder.attention and timing.loop(exact)[0] < min(in_triton, in_torch):
+        if ladder.attention and _each(exact) < min(in_triton, in_torch):
             until = case.shape.tokens
     return Crossover(
         ladder.op, str(dtype).removeprefix("torch."), dim, _start(wins), until if ladder.attention else None
     )
+
+
+def _each(call: Callable[[], object]) -> float:
+    """Milliseconds, from fewer calls where one takes long."""
+    call()
+    once = timing.loop(call, calls=1, rounds=1)[0]
+    return timing.loop(call, calls=20, rounds=10)[0] if once < LONG else once
 
 
 def _start(wins: list[tuple[int, bool]]) -> int | None:
