@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import HAS_TRITON, multiprocessors, why_not_triton
-from .checks import check_agents, repeat_heads
+from .checks import Bias, check_agents, repeat_heads
 from .eager import differentiable
 from .launch import Launch, Remembered
 
@@ -187,8 +187,9 @@ def suits(
         key_table, query_table: dense biases where there are no weights.
         trained: whether gradients of the weights are wanted.
     """
-    key_bias, query_bias = (
-        (t if w is None else (t, w)) for t, w in ((key_table, key_weights), (query_table, query_weights))
+    key_bias: Bias | None = key_table if key_table is None or key_weights is None else (key_table, key_weights)
+    query_bias: Bias | None = (
+        query_table if query_table is None or query_weights is None else (query_table, query_weights)
     )
     check_agents(q, k, v, agents, scale, agent_scale, key_bias, query_bias, shortcut)
     lacking: str | None = None
