@@ -20,6 +20,7 @@ else:
     from .agent import agent_attention, bias_factors, resize_bias
     from .agent_pool import pool_agents
     from .backend import use_backend
+    from .block_sparse import block_map, block_sparse_attention
     from .depthwise import depthwise_conv
     from .linear import linear_attention
     from .pool import pool_grid
@@ -32,6 +33,8 @@ else:
         "RopeTables",
         "agent_attention",
         "bias_factors",
+        "block_map",
+        "block_sparse_attention",
         "depthwise_conv",
         "linear_attention",
         "pool_agents",

@@ -77,7 +77,7 @@ def why_not_triton(op: str, head_dim: int | None, *tensors: Tensor, lacking: str
     """
     reason = _reason(head_dim, tensors) or lacking
     if reason is not None:
-        if tensors[0].device.type == "cuda" and _enabled:
+        if (tensors[0].device.type == "cuda" or _interpreted) and _enabled:
             _log_once(op, reason)
         return reason
     first = tensors[0]
@@ -136,3 +136,11 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes on the chip that one program may take; no limit in the interpreter."""
+    if device.type != "cuda":
+        return 1 << 30
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 16)

@@ -8,10 +8,11 @@ from .depthwise import Depthwise, LiT
 from .linear import Linear
 from .op import Bench, Case
 from .prologue import Prologue
+from .sla import SLA
 from .window import Window
 
 KERNELS: dict[str, Bench] = {
-    op.name: op for op in (Linear(), Depthwise(), LiT(), Prologue(), Window(), Agent(), Pool())
+    op.name: op for op in (Linear(), Depthwise(), LiT(), Prologue(), Window(), SLA(), Agent(), Pool())
 }
 MODELS: dict[str, Bench] = {op.name: op for op in (Flux(), SDXL(), SD15())}
 OPS = KERNELS | MODELS

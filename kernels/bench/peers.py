@@ -160,6 +160,20 @@ def fbi_la(feature_map: str, eps: float) -> Provider:
     return Provider(call, heads_first, heads_first)
 
 
+def official_sla(dim: int, topk: float, block_q: int) -> Provider:
+    """The Triton kernels of github.com/thu-ml/SLA with its routing, linear part and projection, as published.
+
+    Raises:
+        Missing: the package `sparse_linear_attention` is neither installed nor in the folder that PEERS names.
+    """
+    module = _published("sparse_linear_attention", "SparseLinearAttention")(dim, topk, BLKQ=block_q, BLKK=64)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(module, {"proj_l.weight": weight, "proj_l.bias": bias}, (q, k, v))
+
+    return Provider(call, heads_first, heads_first)
+
+
 def _published(module: str, name: str) -> Any:
     folder = os.environ.get("PEERS") or str(ROOT / ".carry" / "peers")
     sys.path.append(folder)
