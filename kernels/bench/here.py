@@ -32,7 +32,7 @@ AGENTS = 49
 LONG = 5.0  # milliseconds, after which no launch is seen
 
 
-RADIUS = 8
+RADIUS, TOPK = 8, 0.1
 
 
 class Ladder(NamedTuple):
@@ -48,6 +48,7 @@ LADDERS = (
     Ladder("linear_attention", "linear", lambda side: (), True),
     Ladder("agent_attention", "agent", lambda side: (("a", AGENTS),), True),
     Ladder("window_attention", "window", lambda side: (("g", (side, side)), ("t", 0), ("r", RADIUS)), True),
+    Ladder("sparse_linear_attention", "sla", lambda side: (("k", TOPK),), True),
     Ladder("qk_norm_rope", "prologue", lambda side: (), False),
     Ladder("depthwise_conv", "depthwise", lambda side: (("g", (side, side)), ("c", 3)), False),
 )
