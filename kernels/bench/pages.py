@@ -1,4 +1,4 @@
-"""Tables of the pages in `docs/kernels`, from the CSV alone: how near each kernel is to its floor, whom it beats."""
+"""Tables and figures of the pages in `docs/kernels`, from the CSV alone: how near a kernel is to its floor."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ MARKED = re.compile(r"(<!-- rows of ([\w -]+), made by linfusion bench --plots -
 def fill(file: Path, folder: Path) -> list[Path]:
     """Write anew what stands between the marks of each page in `folder`, of the GPU that was measured last; the pages.
 
+    That is a table, and the figures which `plots.draw` has put there.
+
     A mark names ops: `<!-- rows of linear, made by linfusion bench --plots -->`, up to `<!-- end -->`.
     """
     rows = read(file)
@@ -25,10 +27,14 @@ def fill(file: Path, folder: Path) -> list[Path]:
     lines = summary(rows, OPS, copy_bandwidth(rows))
 
     def table(found: re.Match[str]) -> str:
-        cells = [(shape, way, *rest) for op, shape, way, _, *rest in lines if op in found[2].split()]
-        body = [COLUMNS, tuple("---" for _ in COLUMNS), *cells] if cells else []
-        made = "".join(f"| {' | '.join(row)} |\n" for row in body) or "Not measured yet.\n"
-        return found[1] + made + found[3]
+        ops = found[2].split()
+        cells = [(shape, way, *rest) for op, shape, way, _, *rest in lines if op in ops]
+        if not cells:
+            return f"{found[1]}Not measured yet.\n{found[3]}"
+        body = "".join(f"| {' | '.join(row)} |\n" for row in (COLUMNS, ("---",) * len(COLUMNS), *cells))
+        figures = (f"bench-{op}{kind}.png" for op in ops for kind in ("", "-floor"))
+        drawn = "".join(f"\n![{name}]({name})\n" for name in figures if (folder / name).exists())
+        return found[1] + body + drawn + found[3]
 
     filled = []
     for page in sorted(folder.glob("*.md")):
