@@ -42,7 +42,7 @@ class SampleConfig:
 class TrainConfig:
     """`linfusion distill train`."""
 
-    mechanism: dict[str, Any] = flag({}, "name and settings of the mechanism")
+    mechanism: dict[str, Any] = flag({}, "name and settings of the mechanism, or patterns of layers with those")
     layers: list[str] = flag([], "patterns of the layers to replace; default all")
     data_dir: str = flag("distill-data", "what `linfusion distill sample` wrote")
     output_dir: str = flag("distill-run", "checkpoints, logs, pictures and the adapter")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -205,6 +206,13 @@ class Run:
             optimizer.load_state_dict(saved)
         self.step, self.steps = state["step"], self.length.steps or state["steps"]
         logger.info("%s: going on from step %d of %s", self.name, self.step, self.steps)
+
+
+def operations(forward: Callable[[], object], batch: int) -> float:
+    """Floating-point operations of one training step; `forward` runs one example."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return 3.0 * batch * counter.get_total_flops()  # the backward pass costs two forward passes
 
 
 def write_json(path: Path, content: dict) -> None:
