@@ -69,7 +69,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--captions", type=int, default=512, help="for the final retrieval (default %(default)s)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="for that too (default 3)")
-    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="write a checkpoint and leave after these")
+    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="write a checkpoint (emoji-unet: export it too) and leave")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile (always so on a CPU)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="of activations (bf16 on a GPU, fp32 on a CPU)")
@@ -158,11 +158,10 @@ def _train_unet(
     with torch.no_grad():
         whiten_text(pipe.unet, pipe.text_encoder(examples.ids)[0].flatten(0, 1))
     report = evaluate.pipeline_report(pipe, data, bf16=_bf16(args))
-    if not train_unet(pipe, examples, report=report, **_settings(args, "unet", 0.4, deadline)):
-        return False
-    if "export" in wanted:
-        logger.info("wrote %s", export(pipe, args.output / args.teacher))
-    return True
+    done = train_unet(pipe, examples, report=report, **_settings(args, "unet", 0.4, deadline))
+    if "export" in wanted:  # of a run that was stopped too: its average is what there is
+        logger.info("wrote %s%s", export(pipe, args.output / args.teacher), "" if done else ", unfinished")
+    return done
 
 
 def _evaluate(args: argparse.Namespace, data: EmojiData) -> None:

@@ -171,9 +171,8 @@ class Run:
             self._swap()
 
     def finish(self) -> bool:
-        """Leave the averaged weights in the module if every step was taken; returns whether that is so."""
-        if self.finished:
-            self._swap()
+        """Leave the averaged weights in the module, as far as they came; returns whether every step was taken."""
+        self._swap()
         return self.finished
 
     @torch.no_grad()
