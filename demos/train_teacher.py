@@ -69,7 +69,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--captions", type=int, default=512, help="for the final retrieval (default %(default)s)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="for that too (default 3)")
-    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="write a checkpoint (emoji-unet: export it too) and leave")
+    parser.add_argument(
+        "--stop-after", type=float, metavar="SECONDS", help="write a checkpoint (emoji-unet: export it too) and leave"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile (always so on a CPU)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="of activations (bf16 on a GPU, fp32 on a CPU)")

@@ -109,7 +109,7 @@ class Run:
                 running.lerp_(value, 1.0 if self.step == first + 1 else 0.02)
                 bar.update()
                 if self.steps is None:
-                    mark = self._set_length(first, mark)
+                    mark = self._set_length(first, mark, deadline)
                     bar.total = self.steps
                     continue
                 every = max(1, self.steps // (4 * reports))
@@ -147,7 +147,7 @@ class Run:
             torch._foreach_lerp_(self.average, self.parameters, 1 - keep)
         return value.detach()
 
-    def _set_length(self, first: int, mark: float) -> float:
+    def _set_length(self, first: int, mark: float, deadline: float | None) -> float:
         # no step may be waited for except at the two ends of the measurement
         begin, end = self._timed
         if self.step - first not in (begin, end):
@@ -157,7 +157,10 @@ class Run:
         now = time.monotonic()
         if self.step - first == end:
             rate = (end - begin) / (now - mark)
-            self.steps = max(self.step + 1, round(rate * 60 * self.length.minutes))
+            steps = rate * 60 * self.length.minutes
+            if deadline is not None:  # the decay of the learning rate should come to its end; reports take time too
+                steps = min(steps, self.step + 0.9 * rate * (deadline - now))
+            self.steps = max(self.step + 1, round(steps))
             logger.info("%s: %.1f steps/s, so %d steps", self.name, rate, self.steps)
         return now
 

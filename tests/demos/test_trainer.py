@@ -1,6 +1,7 @@
 """The training code on twelve made-up pictures and a toy model."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -270,3 +271,17 @@ def test_equal_pictures_count_under_either_name():
     names = ["a", "b", "c", "d"]
     drawn = torch.tensor([[0.9, 1.0], [0.9, 1.0], [0.9, 1.0]])
     assert retrieved(drawn, ["b", "c", "d"], reference, names) == [True, True, False]
+
+
+def test_a_length_in_minutes_ends_before_the_deadline(tmp_path):
+    """Or the decay of its learning rate would be cut off; ten minutes would be 300,000 steps."""
+    module = torch.nn.Linear(2, 2)
+    run = Run("x", module, [torch.optim.SGD(module.parameters(), lr=0.1)], tmp_path, Length(None, minutes=10))
+    until = time.monotonic() + 1.0
+
+    def loss(generator):
+        time.sleep(0.002)
+        return module(torch.randn(1, 2, generator=generator)).square().mean()
+
+    run.train(loss, deadline=until)
+    assert 100 < run.steps < 500
