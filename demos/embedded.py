@@ -11,7 +11,7 @@ from diffusers.utils import deprecation_utils
 from linfusion.demos.emoji.text import MAX_TOKENS
 from linfusion.pipelines.facts import unknown_words
 
-MODELS = Path(__file__).parent / "models"
+MODELS, ADAPTERS = (Path(__file__).parent / name for name in ("models", "adapters"))
 # what diffusers calls the dtype: newer releases warn about the old name, older ones ignore the new one
 _DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
@@ -72,6 +72,11 @@ SHARED, HOME = ("vae", "text_encoder", "tokenizer"), "emoji-flux"
 def captions() -> list[str]:
     """The names of the pictures that the embedded models were trained on, each once, in alphabetical order."""
     return (Path(__file__).parent / "emoji" / "captions.txt").read_text().splitlines()
+
+
+def adapters(model: str) -> dict[str, Path]:
+    """The trained students that ship for an embedded model: name to folder, for `linfusion.load`."""
+    return {path.parent.name: path.parent for path in sorted((ADAPTERS / model).glob("*/config.json"))}
 
 
 def demo_pipeline(name: str = "emoji-flux", **kwargs: Any) -> DiffusionPipeline:
