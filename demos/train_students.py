@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,92 +17,108 @@ import linfusion as lf
 from linfusion.adapter import read_adapter
 from linfusion.demos.embedded import HOME, PIPELINES, captions, demo_pipeline
 from linfusion.demos.emoji.evaluate import top_1
+from linfusion.distill import card
 from linfusion.distill import config as settings
-from linfusion.distill.data.store import write_text
+from linfusion.distill.data.store import write_json, write_text
 from linfusion.distill.evaluate import evaluate
 
-STUDENTS = ("linfusion", "clear", "sla", "lit", "agent")
 TRIAL = 14  # steps after which the trainer tells its speed
+RETRIEVAL = "retrieval top-1"
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m linfusion.demos.train_students",
-        description="Train the committed configs side by side, then draw and measure one after the other. The same "
-        "command goes on with what is there.",
+        description="Train configs side by side, then draw and measure one after the other. The same command goes on "
+        "with what is there.",
     )
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(STUDENTS)} (default all)")
+    parser.add_argument("names", nargs="*", help="of configs, without the model's name (default all of the model)")
     parser.add_argument("--model", choices=tuple(PIPELINES), default=HOME, help="the teacher (default %(default)s)")
+    parser.add_argument("--configs", type=Path, default=Path(settings.__file__).parent / "configs", help="a folder")
     parser.add_argument("--minutes", type=float, help="of training; the configs' stages are scaled to fit")
+    parser.add_argument("--same_steps", action="store_true", help="with --minutes: all as many as the slowest can take")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="the teacher's samples, drawn if missing")
     parser.add_argument("--output_dir", type=Path, default=Path("out"), help="(default %(default)s)")
     parser.add_argument("--samples", type=int, help="that the teacher draws (default one for each of its captions)")
-    parser.add_argument("--configs", type=Path, default=Path(settings.__file__).parent / "configs", help="of training")
-    parser.add_argument("--only_train", action="store_true", help="measure another time")
+    parser.add_argument("--only", choices=("train", "measure"), help="do the other at another time")
     parser.add_argument("--retrieval_data", help="pictures of the teacher's data, for retrieval top-1")
     parser.add_argument("--num_samples", type=int, default=512, help="captions to measure on (default %(default)s)")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="multiples of 256 pixels to draw at")
+    parser.add_argument("--last_stage", action="store_true", help="measure only that, and not step 0")
+    parser.add_argument("--figures", type=Path, help="folder of figures and sheet (default OUTPUT_DIR)")
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=3, help="that read data, a student (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="that read data, a student (default %(default)s)")
     parser.add_argument("--steps", type=int, help="of the sampler (default the model's own)")
     args = parser.parse_args(argv)
-    args.names = args.names or list(STUDENTS)
     try:
-        if unknown := set(args.names) - set(STUDENTS):
-            raise ValueError(f"no config for {', '.join(sorted(unknown))}; there are {', '.join(STUDENTS)}")
+        configs = _configs(args)
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        _train(args)
-        if not args.only_train:
-            _measure(args)
+        if args.only != "measure":
+            _train(args, configs)
+        if args.only != "train":
+            _measure(args, list(configs))
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _train(args: argparse.Namespace) -> None:
+def _configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The settings that were asked for, by name."""
+    found = {path.stem.removeprefix(f"{args.model}-"): settings.read_yaml(path) for path in args.configs.glob("*.yaml")}
+    found = {name: content for name, content in sorted(found.items()) if content.get("model") == args.model}
+    if not found or (unknown := [name for name in args.names if name not in found]):
+        raise ValueError(
+            f"{args.configs} has no config of {args.model}"
+            + (f" called {unknown[0]}; it has {', '.join(found)}" if found else "")
+        )
+    # pictures during training take time from it
+    extra = {"dataloader_num_workers": args.workers, "validation_prompts": []}
+    return {name: found[name] | extra for name in args.names or found}
+
+
+def _train(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> None:
     started = time.monotonic()
     sample = ["sample", "--model", args.model, "--output_dir", args.data_dir, "--sample_batch_size", args.batch]
     for flag, value in (("--num_inference_steps", args.steps), ("--num_samples", args.samples)):
         sample += [] if value is None else [flag, value]
     _together(args, {"sample": sample})
     print(f"sampled: {time.monotonic() - started:.0f} s", flush=True)
-    files = {name: args.output_dir / f"{name}.yaml" for name in args.names}
-    missing = [name for name, file in files.items() if not file.is_file()]
-    configs = {name: _read(args, name) for name in missing}
+    files = {name: args.output_dir / f"{name}.yaml" for name in configs}
+    missing = {name: configs[name] for name, file in files.items() if not file.is_file()}
     if missing and args.minutes is not None:
         trials = {name: args.output_dir / f"{name}.trial.yaml" for name in missing}
         for name, file in trials.items():
-            _write(file, _with_steps(configs[name], [TRIAL] * len(configs[name]["stages"])))
+            _write(file, _with_steps(missing[name], [TRIAL] * len(missing[name]["stages"])))
         _together(args, {f"{n}.trial": _command(args, file, f"{n}.trial") for n, file in trials.items()})
-        for name in missing:
-            configs[name] = _with_steps(configs[name], _fitting(args, name, configs[name]))
+        shares = {name: _share(args, name, config) for name, config in missing.items()}
+        for name, config in missing.items():
+            share = min(shares.values()) if args.same_steps else shares[name]
+            steps = [max(1, round(stage["max_train_steps"] * share)) for stage in config["stages"]]
+            print(f"{name}: {steps} steps", flush=True)
+            missing[name] = _with_steps(config, steps)
         print(f"speeds known: {time.monotonic() - started:.0f} s", flush=True)
-    for name in missing:
-        _write(files[name], configs[name])
+    for name, config in missing.items():
+        _write(files[name], config)
     _together(args, {name: _command(args, file, name) for name, file in files.items()})
     print(f"trained: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _read(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    prefix = "" if args.model == HOME else f"{args.model}-"
-    return settings.read_yaml(args.configs / f"{prefix}{name}.yaml") | {"dataloader_num_workers": args.workers}
-
-
 def _with_steps(config: dict[str, Any], steps: list[int]) -> dict[str, Any]:
-    """The config with other lengths; pictures only at the end of a stage, since they take time from training."""
-    stages = zip(config["stages"], steps, strict=True)
-    return config | {"stages": [s | {"max_train_steps": n, "validation_steps": max(n, 100)} for s, n in stages]}
+    """The config with other lengths, and as much of warm-up less."""
+    whole = sum(stage["max_train_steps"] for stage in config["stages"])
+    stages = [stage | {"max_train_steps": n} for stage, n in zip(config["stages"], steps, strict=True)]
+    warmup = round(config.get("lr_warmup_steps", 0) * min(1.0, sum(steps) / whole))
+    return config | {"stages": stages, "lr_warmup_steps": warmup}
 
 
-def _fitting(args: argparse.Namespace, name: str, config: dict[str, Any]) -> list[int]:
-    """Steps of the stages, in the config's proportion, that take `minutes` at the speed of the trial."""
+def _share(args: argparse.Namespace, name: str, config: dict[str, Any]) -> float:
+    """How much of the config's steps fits into `minutes`, at the speed of the trial."""
     seconds = [float(s) for s in re.findall(r"([\d.]+) s a step", _log(args, f"{name}.trial").read_text())]
-    steps = [stage["max_train_steps"] for stage in config["stages"]]
-    share = 60 * args.minutes / sum(n * s for n, s in zip(steps, seconds, strict=True))
-    found = [max(1, round(n * share)) for n in steps]
-    print(f"{name}: {seconds} s a step, so {found} steps", flush=True)
-    return found
+    print(f"{name}: {seconds} s a step", flush=True)
+    stages = config["stages"]
+    return 60 * args.minutes / sum(stage["max_train_steps"] * s for stage, s in zip(stages, seconds, strict=True))
 
 
 def _command(args: argparse.Namespace, config: Path, name: str) -> list[Any]:
@@ -128,36 +145,57 @@ def _write(path: Path, config: dict[str, Any]) -> None:
     write_text(path, yaml.safe_dump(config, sort_keys=False))
 
 
-def _measure(args: argparse.Namespace) -> None:
-    """Step 0 and the adapter of every stage against the teacher; figures and sheet go beside the last adapter."""
+def _measure(args: argparse.Namespace, names: list[str]) -> None:
+    """Step 0 and the adapter of every stage against the teacher: together, and beside each last adapter its own."""
     import torch
 
-    cuda = torch.cuda.is_available()
-    pipe = demo_pipeline(args.model, dtype=torch.bfloat16 if cuda else torch.float32).to("cuda" if cuda else "cpu")
-    measures = {"retrieval top-1": top_1(args.retrieval_data)} if args.retrieval_data else {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = demo_pipeline(args.model, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    measures = {RETRIEVAL: top_1(args.retrieval_data, device)} if args.retrieval_data else {}
     # those that the teacher was measured on
     order = torch.randperm(len(captions()), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [captions()[i] for i in order[: args.num_samples]]
     config = settings.EvalConfig(
-        num_samples=args.num_samples, eval_batch_size=args.batch, features="none", num_inference_steps=args.steps
-    )
-    table = Table(title=f"students of {args.model}, {len(prompts)} captions")
-    for column in ("student", "stage", "PSNR", *measures, "attention work left"):
-        table.add_column(column)
-    for name in args.names:
+        num_samples=args.num_samples, eval_batch_size=args.batch, features="none", num_inference_steps=args.steps,
+        scales=args.scales,
+    )  # fmt: skip
+    last: dict[str, Path] = {}
+    students: dict[str, Callable[[Any], Any]] = {}
+    for name in names:
         adapters = sorted((args.output_dir / name).glob("*/adapter"))
-        first = read_adapter(adapters[0])
-        students = {"untrained": lambda pipe, layers=first.layers: lf.apply(pipe, layers)}
-        for adapter in adapters:
-            students[adapter.parent.name] = lambda pipe, adapter=adapter: lf.load(pipe, adapter)
-        figures = evaluate(pipe, prompts, config, students, folder=adapters[-1], measures=measures)
-        found = next(iter(figures["sizes"].values()))
-        table.add_row(name, "teacher", "", *(f"{found[f'teacher {m}']:.1%}" for m in measures), "")
+        if not adapters:
+            raise ValueError(f"{args.output_dir / name} holds no adapter; train it first.")
+        last[name] = adapters[-1]
+        if not args.last_stage:
+            layers = read_adapter(adapters[0]).layers
+            students[f"{name} untrained"] = lambda pipe, layers=layers: lf.apply(pipe, layers)
+        for adapter in adapters[-1:] if args.last_stage else adapters:
+            students[f"{name} {adapter.parent.name}"] = lambda pipe, adapter=adapter: lf.load(pipe, adapter)
+    folder = args.figures or args.output_dir
+    figures = evaluate(pipe, prompts, config, students, folder=folder, measures=measures, on_progress=_say)
+    for name, adapter in last.items() if not args.last_stage else ():
+        others = tuple(f"{n} " for n in names if n != name)
+        own = {
+            size: {k.removeprefix(f"{name} "): v for k, v in found.items() if not k.startswith(others)}
+            for size, found in figures["sizes"].items()
+        }
+        write_json(adapter / card.FIGURES, figures | {"sizes": own})
+        card.write(adapter)
+    table = Table(title=f"students of {args.model}, {len(prompts)} captions")
+    for column in ("pixels", "student", "PSNR", *measures, "attention work left"):
+        table.add_column(column)
+    for size, found in figures["sizes"].items():
+        table.add_row(size, "teacher", "", *(f"{found[f'teacher {m}']:.1%}" for m in measures), "")
         for label in students:
             shares = [f"{found[f'{label} {m}']:.1%}" for m in measures]
             work = found[f"{label} attention work left"]
-            table.add_row("", label, f"{found[f'{label} psnr']:.1f} dB", *shares, "" if work is None else f"{work:.1%}")
+            left = "" if work is None else f"{work:.1%}"
+            table.add_row(size, label, f"{found[f'{label} psnr']:.1f} dB", *shares, left)
     Console(width=120).print(table)
+
+
+def _say(words: str) -> None:
+    print(words, flush=True)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class EvalConfig:
     num_inference_steps: int | None = flag(None, "default the pipeline's own")
     guidance_scale: float | None = flag(None, "default the pipeline's own")
     seed: int = flag(0, "picture i starts from noise of seed + i, for teacher and student")
-    features: str = flag("vae", "network of FID and KID: vae (the pipeline's own), inception, clip, none")
+    features: str = flag("vae", "network of FID and KID: vae (the pipeline's own), inception, clip; or none, nor LPIPS")
     retrieval_data: str | None = flag(None, "embedded models: their training pictures, for retrieval top-1")
 
 

@@ -79,14 +79,14 @@ def draw(
     return torch.cat(parts)
 
 
-def top_1(source: str | Path) -> Callable[[torch.Tensor, Sequence[str]], float]:
+def top_1(source: str | Path, device: str = "cpu") -> Callable[[torch.Tensor, Sequence[str]], float]:
     """The same share for any pictures `[N, 3, H, W]` in [0, 1] and their captions; `source` as `load_data` takes it."""
     data = load_data(source)
-    reference = data_thumbnails(data)
+    reference = data_thumbnails(data).to(device)
 
     def measure(pictures: torch.Tensor, captions: Sequence[str]) -> float:
         wanted = [normalise(caption) for caption in captions]
-        return float(np.mean(retrieved(thumbnails(pictures * 2 - 1), wanted, reference, data.captions)))
+        return float(np.mean(retrieved(thumbnails(pictures * 2 - 1).to(device), wanted, reference, data.captions)))
 
     return measure
 
