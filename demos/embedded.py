@@ -76,6 +76,8 @@ def captions() -> list[str]:
 
 def adapters(model: str) -> dict[str, Path]:
     """The trained students that ship for an embedded model: name to folder, for `linfusion.load`."""
+    if model not in PIPELINES:
+        return {}
     return {path.parent.name: path.parent for path in sorted((ADAPTERS / model).glob("*/config.json"))}
 
 

@@ -66,13 +66,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The settings that were asked for, by name."""
-    found = {path.stem.removeprefix(f"{args.model}-"): settings.read_yaml(path) for path in args.configs.glob("*.yaml")}
-    found = {name: content for name, content in sorted(found.items()) if content.get("model") == args.model}
-    if not found or (unknown := [name for name in args.names if name not in found]):
-        raise ValueError(
-            f"{args.configs} has no config of {args.model}"
-            + (f" called {unknown[0]}; it has {', '.join(found)}" if found else "")
-        )
+    read = {path.stem: settings.read_yaml(path) for path in sorted(args.configs.glob("*.yaml"))}
+    found = {k.removeprefix(f"{args.model}-"): v for k, v in read.items() if v.get("model") == args.model}
+    if unknown := [name for name in args.names if name not in found]:
+        raise ValueError(f"no config for {', '.join(unknown)} of {args.model}; there are {', '.join(found)}")
+    if not found:
+        raise ValueError(f"{args.configs} has no config of {args.model}")
     # pictures during training take time from it
     extra = {"dataloader_num_workers": args.workers, "validation_prompts": []}
     return {name: found[name] | extra for name in args.names or found}
