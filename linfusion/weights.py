@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -43,6 +44,7 @@ def save(
         ValueError: nothing is applied, more than one model is changed, a pattern matches nothing, no layer has that
             PEFT adapter, or there is no such place.
         NotImplementedError: the model is offloaded layer by layer.
+        OSError: the disk is full.
     """
     changed = [(m, r) for m in denoisers(pipe_or_model) if (r := record_of(m)) is not None]
     if len(changed) != 1:
@@ -85,8 +87,13 @@ def save(
     except (FileNotFoundError, FileExistsError, NotADirectoryError):
         raise ValueError(f"Cannot save to {folder}: it must be a folder, or new in a folder that exists.") from None
     # a temporary name first: a killed save leaves no half file under the real one
-    save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
-    (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
+        (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        for name in (WEIGHTS, CONFIG):
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        raise OSError(f"{folder} could not be written ({error}); nothing there was changed.") from None
     os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
     os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
 
