@@ -18,6 +18,7 @@ if __name__ == "kernels":
         __version__ = "0"
 else:
     from .agent import agent_attention, pool_agents, resize_bias
+    from .block_sparse import block_map, block_sparse_attention
     from .depthwise import depthwise_conv
     from .linear import linear_attention
     from .pool import pool_grid
@@ -29,6 +30,8 @@ else:
     __all__ = [
         "RopeTables",
         "agent_attention",
+        "block_map",
+        "block_sparse_attention",
         "depthwise_conv",
         "linear_attention",
         "pool_agents",

@@ -271,6 +271,19 @@ def check_projection(weight: Tensor | None, bias: Tensor | None, dim: int) -> No
             raise ValueError(f"{name} must be {list(shape)} as the head dim is {dim}, got {list(x.shape)}.")
 
 
+def check_block_map(block_map: Tensor, q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:
+    """The map as contiguous `[B, H, query blocks, key blocks]`; ValueError unless it fits q and k in such blocks."""
+    check_routing(1, block_q, block_k, "softmax", "all", 0.0)
+    shape = (q.shape[0], q.shape[2], -(-q.shape[1] // block_q), -(-k.shape[1] // block_k))
+    fits = block_map.ndim == 4 and all(n in (m, 1) for n, m in zip(block_map.shape[:2], shape[:2], strict=True))
+    if block_map.dtype != torch.bool or not fits or block_map.shape[2:] != shape[2:]:
+        raise ValueError(
+            f"block_map must be bool [B, H, query blocks, key blocks] = {list(shape)} (or B, H of 1), "
+            f"got {block_map.dtype} {list(block_map.shape)}."
+        )
+    return block_map.expand(shape).contiguous()
+
+
 def block_counts(topk: float, skip: float, blocks: int) -> tuple[int, int]:
     """How many of `blocks` key blocks are chosen and how many dropped: shares rounded down, one chosen at least.
 

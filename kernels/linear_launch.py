@@ -138,6 +138,34 @@ def _strides(weight: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if weight is None else (*weight.stride(), 0)
 
 
+@Remembered
+def _records_recipe(
+    k: Tensor, v: Tensor, feature_map: str, budget: float, affine: bool, planes: Tensor | None, weight: Tensor | None
+) -> tuple[Launch, tuple[int, ...]]:
+    strides = _strides(weight) if planes is None else (*planes.stride()[1:], planes.stride(0))
+    return state_pass(
+        k, v, feature_map, budget=budget, affine=affine, planes=3 if planes is not None else int(weight is not None),
+        weight_strides=strides, table_strides=(0, 0, 0), rope="none",
+    )  # fmt: skip
+
+
+def partial_records(
+    k: Tensor, v: Tensor, feature_map: str, *, budget: float, affine: bool = False, planes: Tensor | None = None,
+    weight: Tensor | None = None, count: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Records `[B * H, parts, D + 2, D]` in fp32 of `state_kernel`, to be added up; at most `budget` bytes.
+
+    Args:
+        planes: three weights of each token `[3, B, S, H]` (two unless `affine`), or else
+        weight, count: one `[B, S, H]`, and how many keys the means are over `[B]`.
+    """
+    run, shape = _records_recipe(k, v, feature_map, budget, affine, planes, weight)
+    records = torch.empty(shape, dtype=torch.float32, device=k.device)
+    weights = next((x for x in (planes, weight) if x is not None), k)
+    run(k, v, weights, k if count is None else count, k, k, records)
+    return records
+
+
 class Forward(NamedTuple):
     """Both passes of `forward` on tensors of one layout, and the records between them, perhaps summed first."""
 

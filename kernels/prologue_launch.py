@@ -136,28 +136,30 @@ def _backward_launch(
          *(n for x in (q, k, grad_q, grad_k) for n in x.stride()[:2]), *_table_strides(cos)),
         settings | {"STAGES": 2},
     )  # fmt: skip
-    return Backward(run, (batch * parts, 2, heads, dim) if settings["WEIGHT"] else None)
+    return Backward(run, (batch * parts, 2, heads * dim if across_heads else dim) if settings["WEIGHT"] else None)
 
 
 def backward(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
     at: int, turn_first: int, turn_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and their weights, for the text or the image, which begins at `at` in the joint sequence."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of q, k and their weights, None where there are none.
+
+    For the text or the image, which begins at `at` in the joint sequence.
+    """
     cos, sin = alike(cos, sin)
     recipe = _backward_launch(
         grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, interleaved, eps, across_heads, at, turn_first, turn_tokens
     )
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    partial = torch.zeros(recipe.partial or (0,), device=q.device)
+    dq, dk = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    partial = q if recipe.partial is None else torch.empty(recipe.partial, dtype=torch.float32, device=q.device)
     weights = [q if x is None else x for x in (q_weight, k_weight, cos, sin)]
     recipe.run(q, k, *weights[:2], grad_q, grad_k, *weights[2:], dq, dk, partial)
     if recipe.partial is None:
-        return dq, dk, q.new_empty(0), q.new_empty(0)
-    total = partial.sum(0) if across_heads else partial.sum((0, 2))
-    dqw, dkw = total[0].flatten().to(q.dtype), total[1].flatten()[: k_weight.numel()].to(q.dtype)  # type: ignore
-    return dq, dk, dqw.clone(), dkw.clone()
+        return dq, dk, None, None
+    dqw, dkw = partial.sum(0).to(q.dtype).unbind(0)
+    return dq, dk, dqw, dkw[: k.shape[2] * k.shape[3]] if across_heads and q.shape[2] != k.shape[2] else dkw
 
 
 @torch.library.custom_op("linfusion::qk_norm_rope", mutates_args=())
@@ -192,9 +194,12 @@ def prologue_backward_op(
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
     at: int, turn_first: int, turn_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(
+    dq, dk, *weights = backward(
         grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, interleaved, eps, across_heads, at, turn_first, turn_tokens
     )
+    # outputs of an operator are tensors of their own
+    dqw, dkw = (q.new_empty(0) if x is None else x.clone() for x in weights)
+    return dq, dk, dqw, dkw
 
 
 @prologue_backward_op.register_fake
@@ -231,7 +236,12 @@ def _backward(
 
     def part(q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, at: int) -> tuple[Tensor | None, ...]:
         dq, dk, dqw, dkw = run(grad_q, grad_k, q, k, qw, kw, cos, sin, *ctx.settings, at, *ctx.turns)
-        return dq, dk, dqw if dqw.numel() else None, dkw if dkw.numel() else None
+        return (
+            dq,
+            dk,
+            dqw if dqw is not None and dqw.numel() else None,
+            dkw if dkw is not None and dkw.numel() else None,
+        )
 
     dq, dk, dqw, dkw = part(q, k, qw, kw, image_at)
     dtq, dtk, dtqw, dtkw = part(text_q, text_k, tqw, tkw, text_at) if text else (None,) * 4

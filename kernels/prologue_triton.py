@@ -168,8 +168,8 @@ def prologue_backward_kernel(
     D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
     ACROSS: tl.constexpr, ROPE: tl.constexpr, PAIRED: tl.constexpr, PER_HEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Text or image: grid (chunks, batch). `PARTIAL` `[chunks * batch, 2, H, D]` takes what each chunk adds to the
-    gradients of both weights."""
+    """Text or image: grid (chunks, batch). `PARTIAL` takes what each chunk adds to the gradients of both weights:
+    `[chunks * batch, 2, D]`, or `[chunks * batch, 2, H, D]` where the norm goes across heads."""
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ok, kv_ok = (tl.arange(0, BH) < heads)[:, None], (tl.arange(0, BH) < kv_heads)[:, None]
     qa, qb = tl.zeros((BH, BD // 2), tl.float32), tl.zeros((BH, BD // 2), tl.float32)
@@ -193,6 +193,13 @@ def prologue_backward_kernel(
             cos, sin, turns, kv_heads, eps, kv_ok, ka, kb, D, BD, NORM, WEIGHT, ACROSS, ROPE, PAIRED,
         )  # fmt: skip
     if WEIGHT:
-        PARTIAL += (b * tl.num_programs(0) + part) * 2 * heads * D
-        _store(PARTIAL, qa, qb, D, BD, ok, PAIRED)
-        _store(PARTIAL + heads * D, ka, kb, D, BD, kv_ok, PAIRED)
+        record = b * tl.num_programs(0) + part
+        if ACROSS:
+            PARTIAL += record * 2 * heads * D
+            _store(PARTIAL, qa, qb, D, BD, ok, PAIRED)
+            _store(PARTIAL + heads * D, ka, kb, D, BD, kv_ok, PAIRED)
+        else:  # rows past the last head hold zeros
+            PARTIAL += record * 2 * D
+            one = tl.full((1, 1), 1, tl.int1)
+            _store(PARTIAL, tl.sum(qa, 0, keep_dims=True), tl.sum(qb, 0, keep_dims=True), D, BD, one, PAIRED)
+            _store(PARTIAL + D, tl.sum(ka, 0, keep_dims=True), tl.sum(kb, 0, keep_dims=True), D, BD, one, PAIRED)

@@ -25,6 +25,8 @@ from .checks import (
 )
 from .features import named_feature_map, wide
 from .reference_sparse import block_classes as block_classes
+from .reference_sparse import block_map as block_map
+from .reference_sparse import block_sparse_attention as block_sparse_attention
 from .reference_sparse import sparse_linear_attention as sparse_linear_attention
 from .rotary import RopeTables, rotate
 

@@ -7,8 +7,9 @@ from .depthwise import Depthwise, LiT
 from .linear import Linear
 from .op import Bench, Case
 from .prologue import Prologue
+from .sla import SLA
 
-KERNELS: dict[str, Bench] = {op.name: op for op in (Linear(), Depthwise(), LiT(), Prologue())}
+KERNELS: dict[str, Bench] = {op.name: op for op in (Linear(), Depthwise(), LiT(), Prologue(), SLA())}
 MODELS: dict[str, Bench] = {op.name: op for op in (Flux(), SDXL())}
 OPS = KERNELS | MODELS
 

@@ -13,6 +13,7 @@ import torch
 import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .op import Missing, Provider
 
@@ -113,6 +114,30 @@ def fbi_la(feature_map: str, eps: float) -> Provider:
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return kernel(phi(q), phi(k), v, eps=eps)
+
+    return Provider(call, heads_first, heads_first)
+
+
+def official_sla(dim: int, topk: float, block_q: int) -> Provider:
+    """The Triton kernels of github.com/thu-ml/SLA with its routing, linear part and projection, as published.
+
+    Raises:
+        Missing: the package `sparse_linear_attention` is neither installed nor in the folder that PEERS names.
+    """
+    module = _published("sparse_linear_attention", "SparseLinearAttention")(dim, topk, BLKQ=block_q, BLKK=64)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(module, {"proj_l.weight": weight, "proj_l.bias": bias}, (q, k, v))
+
+    return Provider(call, heads_first, heads_first)
+
+
+def exact(backend: str) -> Provider:
+    """Exact softmax attention by one backend of torch: what sparse attention is instead of."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **_: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return F.scaled_dot_product_attention(q, k, v)
 
     return Provider(call, heads_first, heads_first)
 

@@ -144,7 +144,7 @@ def _time(
         call = torch.no_grad()(bound.forward) if direction == "forward" else bound.both
         held = [*bound.inputs.values(), *(bound.upstream if direction == "backward" else [])]
         peak = timing.peak_mib(call, held)
-        needed = timing.storage_bytes([*held, *call()]) / timing.MIB
+        needed = timing.storage_bytes([*held, *filter(torch.is_tensor, call())]) / timing.MIB
         session.emit(op.name, provider, direction, case.shape, case.dtype, times, peak)
         wrong = f", error {largest_error(bound, expected):.1e}" if expected and direction == "forward" else ""
         session.say(

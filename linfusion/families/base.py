@@ -235,6 +235,8 @@ class Family:
         time: `(model, args, kwargs) -> place on the noise schedule`, 1 for pure noise, as in `Clock`; None where the
             model's time argument does not tell.
         norm: layer's name -> name of the norm in front of it; its first argument is the block's hidden states.
+        original: `(name, value)` of a parameter in the authors' own code -> the same in diffusers; also of a module's
+            name, with an empty value. None where weights are published in diffusers' names.
     """
 
     model: str
@@ -252,6 +254,7 @@ class Family:
     time: Callable[..., Tensor] | None = None
     norm: Callable[[str], str] = lambda name: f"{name.rpartition('.')[0]}.norm1"
     processors: Mapping[str, type[Processor]] = field(default_factory=dict)
+    original: Callable[[str, Tensor], tuple[str, Tensor]] | None = None
 
     def processor_of(self, attn: nn.Module) -> Processor:
         """A new processor for one layer."""

@@ -14,10 +14,12 @@ from ..call import AttnCall, Clock, Layout, Merged, Site, Stream
 class MechanismConfig:
     """Settings of a mechanism: the public API, the `config.json` and the repr at once.
 
-    `name` is the mechanism's name on the command line and on disk.
+    `name` is the mechanism's name on the command line and on disk; `published` its parameters by the names that its
+    authors' weights give them, below the attention layer.
     """
 
     name: ClassVar[str]
+    published: ClassVar[dict[str, str]] = {}
 
     def passes(self, site: Site) -> str | None:
         """Why this mechanism leaves the layer as it is, a sentence; None where it takes it.
