@@ -64,7 +64,9 @@ class EmojiUnetPipeline(_Embedded, StableDiffusionPipeline):
     defaults = {"num_inference_steps": 28, "guidance_scale": 3.0}
 
 
-PIPELINES: dict[str, type[_Embedded]] = {"emoji-flux": EmojiFluxPipeline, "emoji-unet": EmojiUnetPipeline}
+CLASSES: dict[str, type[_Embedded]] = {"emoji-flux": EmojiFluxPipeline, "emoji-unet": EmojiUnetPipeline}
+PIPELINES = {name: cls for name, cls in CLASSES.items() if (MODELS / name).is_dir()}
+"""Those whose weights are here, by name."""
 # parts that all of them have in common, and that are stored once
 SHARED, HOME = ("vae", "text_encoder", "tokenizer"), "emoji-flux"
 

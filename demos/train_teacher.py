@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from linfusion.demos.embedded import HOME, MODELS, PIPELINES, open_folder, shared_parts
+from linfusion.demos.embedded import CLASSES, HOME, MODELS, open_folder, shared_parts
 from linfusion.demos.emoji import evaluate
 from linfusion.demos.emoji.data import EmojiData, load_data
 from linfusion.demos.emoji.export import build_flux, build_stable_diffusion, export
@@ -171,7 +171,7 @@ def _evaluate(args: argparse.Namespace, data: EmojiData) -> None:
     folder = args.model or args.output / args.teacher
     if not folder.is_dir():
         raise ValueError(f"no exported model in {folder}; run --stage export first, or name one with --model")
-    pipe = open_folder(PIPELINES[args.teacher], folder).to(args.device)
+    pipe = open_folder(CLASSES[args.teacher], folder).to(args.device)
     captions = evaluate.choose_captions(data, args.captions)
     copies, vae_psnr = _copies(pipe.vae, data)
     copied = evaluate.retrieved(copies, data.captions, evaluate.data_thumbnails(data), data.captions)

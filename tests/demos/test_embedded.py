@@ -95,7 +95,7 @@ def test_unknown_words(pipe):
 
 
 def test_unknown_model():
-    with pytest.raises(ValueError, match="unknown embedded model 'sdxl'; available: emoji-flux, emoji-unet"):
+    with pytest.raises(ValueError, match="unknown embedded model 'sdxl'; available: emoji-flux"):
         embedded.demo_pipeline("sdxl")
 
 
@@ -110,3 +110,11 @@ def test_files():
         with file.open("rb") as handle:
             header = json.loads(handle.read(struct.unpack("<Q", handle.read(8))[0]))
         assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} == {"BF16"}
+
+
+def test_everything_that_is_no_text_is_small():
+    """Weights, adapters and pictures of the repository together."""
+    binary = {".safetensors", ".png", ".webp", ".jpg", ".pt", ".bin"}
+    folders = ("demos", "distill", "docs", "kernels", "linfusion", "pipelines", "tests")
+    files = [f for folder in folders for f in (Path(__file__).parents[2] / folder).rglob("*") if f.suffix in binary]
+    assert sum(f.stat().st_size for f in files) <= 44e6

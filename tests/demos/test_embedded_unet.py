@@ -2,7 +2,6 @@
 
 import json
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from linfusion.demos.emoji.evaluate import draw, retrieved, thumbnails
 from .test_embedded import OTHERS, PROMPTS, noise, references
 
 FOLDER = embedded.MODELS / "emoji-unet"
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="its weights are not here yet")
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +69,3 @@ def test_attention_is_replaced_on_both_grids(pipe):
         pipe("rocket", num_inference_steps=1, output_type="latent")
         layers = [layer for layer in lf.describe(pipe).layers if layer.mechanism is not None]
     assert sorted(layer.grid for layer in layers) == [(16, 16)] * 4 + [(32, 32)] * 3
-
-
-def test_everything_that_is_no_text_is_small():
-    """Weights, adapters and pictures of the repository together."""
-    binary = {".safetensors", ".png", ".webp", ".jpg", ".pt", ".bin"}
-    folders = ("demos", "distill", "docs", "kernels", "linfusion", "pipelines", "tests")
-    files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.suffix in binary]
-    assert sum(f.stat().st_size for f in files) <= 44e6
