@@ -568,6 +568,6 @@ def test_as_a_process(tmp_path, flux):
     done = shell(*draw("nonsense"))
     assert done.returncode == 2 and done.stdout == ""
     assert [line for line in done.stderr.splitlines() if line] == [
-        f"linfusion: error: --model nonsense is no embedded model ({', '.join(embedded.PIPELINES)}), no folder here and "
-        "no Hub id."
+        f"linfusion: error: --model nonsense is no embedded model ({', '.join(embedded.PIPELINES)}), no folder here and"
+        " no Hub id."
     ]
