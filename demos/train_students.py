@@ -19,7 +19,7 @@ from linfusion.demos.embedded import HOME, PIPELINES, captions, demo_pipeline
 from linfusion.demos.emoji.evaluate import top_1
 from linfusion.distill import card
 from linfusion.distill import config as settings
-from linfusion.distill.data.store import write_json, write_text
+from linfusion.distill.data.store import Store, write_json, write_text
 from linfusion.distill.evaluate import evaluate
 
 TRIAL = 14  # steps after which the trainer tells its speed
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--last_stage", action="store_true", help="measure only that, and not step 0")
     parser.add_argument("--figures", type=Path, help="folder of figures and sheet (default OUTPUT_DIR)")
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="that read data, a student (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="that read data, a student (default %(default)s)")
     parser.add_argument("--steps", type=int, help="of the sampler (default the model's own)")
     args = parser.parse_args(argv)
     try:
@@ -79,11 +79,9 @@ def _configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _train(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> None:
     started = time.monotonic()
-    sample = ["sample", "--model", args.model, "--output_dir", args.data_dir, "--sample_batch_size", args.batch]
-    for flag, value in (("--num_inference_steps", args.steps), ("--num_samples", args.samples)):
-        sample += [] if value is None else [flag, value]
-    _together(args, {"sample": sample})
-    print(f"sampled: {time.monotonic() - started:.0f} s", flush=True)
+    if not _sampled(args.data_dir):
+        _sample(args)
+        print(f"sampled: {time.monotonic() - started:.0f} s", flush=True)
     files = {name: args.output_dir / f"{name}.yaml" for name in configs}
     missing = {name: configs[name] for name, file in files.items() if not file.is_file()}
     if missing and args.minutes is not None:
@@ -102,6 +100,20 @@ def _train(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> None
         _write(files[name], config)
     _together(args, {name: _command(args, file, name) for name, file in files.items()})
     print(f"trained: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _sampled(folder: Path) -> bool:
+    try:
+        return len(Store(folder)) > 0
+    except ValueError:
+        return False
+
+
+def _sample(args: argparse.Namespace) -> None:
+    command = ["sample", "--model", args.model, "--output_dir", args.data_dir, "--sample_batch_size", args.batch]
+    for flag, value in (("--num_inference_steps", args.steps), ("--num_samples", args.samples)):
+        command += [] if value is None else [flag, value]
+    _together(args, {"sample": command})
 
 
 def _with_steps(config: dict[str, Any], steps: list[int]) -> dict[str, Any]:
