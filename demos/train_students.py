@@ -1,7 +1,6 @@
 """Train and measure students of an embedded model on one GPU: `python -m linfusion.demos.train_students --help`."""
 
 import argparse
-import re
 import subprocess
 import sys
 import time
@@ -22,7 +21,6 @@ from linfusion.distill import config as settings
 from linfusion.distill.data.store import Store, write_json, write_text
 from linfusion.distill.evaluate import evaluate
 
-TRIAL = 14  # steps after which the trainer tells its speed
 RETRIEVAL = "retrieval top-1"
 
 
@@ -36,8 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="of configs, without the model's name (default all of the model)")
     parser.add_argument("--model", choices=tuple(PIPELINES), default=HOME, help="the teacher (default %(default)s)")
     parser.add_argument("--configs", type=Path, default=Path(settings.__file__).parent / "configs", help="a folder")
-    parser.add_argument("--minutes", type=float, help="of training; the configs' stages are scaled to fit")
-    parser.add_argument("--same_steps", action="store_true", help="with --minutes: all as many as the slowest can take")
+    parser.add_argument("--minutes", type=float, help="of training, divided as the config does (default as it says)")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="the teacher's samples, drawn if missing")
     parser.add_argument("--output_dir", type=Path, default=Path("out"), help="(default %(default)s)")
     parser.add_argument("--samples", type=int, help="that the teacher draws (default one for each of its captions)")
@@ -72,9 +69,17 @@ def _configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         raise ValueError(f"no config for {', '.join(unknown)} of {args.model}; there are {', '.join(found)}")
     if not found:
         raise ValueError(f"{args.configs} has no config of {args.model}")
-    # pictures during training take time from it
-    extra = {"dataloader_num_workers": args.workers, "validation_prompts": []}
-    return {name: found[name] | extra for name in args.names or found}
+    names = args.names or list(found)
+    return {name: _settings(args, found[name]) for name in names}
+
+
+def _settings(args: argparse.Namespace, content: dict[str, Any]) -> dict[str, Any]:
+    """A config for this command: pictures during training would take time from it."""
+    stages = content["stages"]
+    if args.minutes is not None:
+        share = args.minutes / sum(stage["max_train_minutes"] for stage in stages)
+        stages = [stage | {"max_train_minutes": share * stage["max_train_minutes"]} for stage in stages]
+    return content | {"stages": stages, "dataloader_num_workers": args.workers, "validation_prompts": []}
 
 
 def _train(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> None:
@@ -83,21 +88,9 @@ def _train(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> None
         _sample(args)
         print(f"sampled: {time.monotonic() - started:.0f} s", flush=True)
     files = {name: args.output_dir / f"{name}.yaml" for name in configs}
-    missing = {name: configs[name] for name, file in files.items() if not file.is_file()}
-    if missing and args.minutes is not None:
-        trials = {name: args.output_dir / f"{name}.trial.yaml" for name in missing}
-        for name, file in trials.items():
-            _write(file, _with_steps(missing[name], [TRIAL] * len(missing[name]["stages"])))
-        _together(args, {f"{n}.trial": _command(args, file, f"{n}.trial") for n, file in trials.items()})
-        shares = {name: _share(args, name, config) for name, config in missing.items()}
-        for name, config in missing.items():
-            share = min(shares.values()) if args.same_steps else shares[name]
-            steps = [max(1, round(stage["max_train_steps"] * share)) for stage in config["stages"]]
-            print(f"{name}: {steps} steps", flush=True)
-            missing[name] = _with_steps(config, steps)
-        print(f"speeds known: {time.monotonic() - started:.0f} s", flush=True)
-    for name, config in missing.items():
-        _write(files[name], config)
+    for name, file in files.items():
+        if not file.is_file():
+            write_text(file, yaml.safe_dump(configs[name], sort_keys=False))
     _together(args, {name: _command(args, file, name) for name, file in files.items()})
     print(f"trained: {time.monotonic() - started:.0f} s", flush=True)
 
@@ -114,22 +107,6 @@ def _sample(args: argparse.Namespace) -> None:
     for flag, value in (("--num_inference_steps", args.steps), ("--num_samples", args.samples)):
         command += [] if value is None else [flag, value]
     _together(args, {"sample": command})
-
-
-def _with_steps(config: dict[str, Any], steps: list[int]) -> dict[str, Any]:
-    """The config with other lengths, and as much of warm-up less."""
-    whole = sum(stage["max_train_steps"] for stage in config["stages"])
-    stages = [stage | {"max_train_steps": n} for stage, n in zip(config["stages"], steps, strict=True)]
-    warmup = round(config.get("lr_warmup_steps", 0) * min(1.0, sum(steps) / whole))
-    return config | {"stages": stages, "lr_warmup_steps": warmup}
-
-
-def _share(args: argparse.Namespace, name: str, config: dict[str, Any]) -> float:
-    """How much of the config's steps fits into `minutes`, at the speed of the trial."""
-    seconds = [float(s) for s in re.findall(r"([\d.]+) s a step", _log(args, f"{name}.trial").read_text())]
-    print(f"{name}: {seconds} s a step", flush=True)
-    stages = config["stages"]
-    return 60 * args.minutes / sum(stage["max_train_steps"] * s for stage, s in zip(stages, seconds, strict=True))
 
 
 def _command(args: argparse.Namespace, config: Path, name: str) -> list[Any]:
@@ -150,10 +127,6 @@ def _together(args: argparse.Namespace, commands: dict[str, list[Any]]) -> None:
     failed = [name for name, process in running.items() if process.wait() != 0]
     if failed:
         raise ValueError(f"{', '.join(failed)} failed: {_log(args, failed[0]).read_text()[-1000:]}")
-
-
-def _write(path: Path, config: dict[str, Any]) -> None:
-    write_text(path, yaml.safe_dump(config, sort_keys=False))
 
 
 def _measure(args: argparse.Namespace, names: list[str]) -> None:

@@ -67,6 +67,9 @@ class TrainConfig:
     # optimisation
     seed: int = flag(0, "of order, times and noise")
     max_train_steps: int = flag(1000, "optimiser steps")
+    max_train_minutes: float | None = flag(
+        None, "of one process: ends sooner, after these, the learning rate falling to zero over the last 40 %"
+    )
     train_batch_size: int = flag(16, "samples a process and forward")
     gradient_accumulation_steps: int = flag(1, "forwards an optimiser step")
     gradient_checkpointing: bool = flag(False, "less memory, more time")

@@ -150,6 +150,19 @@ def repeat_kernel(v: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return weight.repeat(copies, 1, 1).unsqueeze(1), None if bias is None else bias.repeat(copies)
 
 
+Bias = Tensor | tuple[Tensor, Tensor]
+"""Dense, or a table `[H or 1, n, r]` and weights `[S, r]`."""
+
+
+def dense_bias(bias: Bias, transposed: bool = False) -> Tensor:
+    """`[H or 1, n, S]`, or `[H or 1, S, n]` if transposed."""
+    if isinstance(bias, Tensor):
+        return bias
+    wide = torch.promote_types(bias[0].dtype, bias[1].dtype)
+    table, weights = (x.to(wide) for x in bias)
+    return weights @ table.mT if transposed else table @ weights.mT
+
+
 def check_agents(
     q: Tensor,
     k: Tensor,
@@ -157,20 +170,32 @@ def check_agents(
     agents: Tensor,
     scale: float | None,
     agent_scale: float | None,
-    key_bias: Tensor | None,
-    query_bias: Tensor | None,
+    key_bias: Bias | None,
+    query_bias: Bias | None,
+    shortcut: float,
 ) -> tuple[float, float]:
     """Both scales of `agent_attention`; ValueError unless its tensors belong together."""
     check_qkv(q, k, v)
     if agents.ndim != 4 or agents.shape[0] != q.shape[0] or agents.shape[2:] != q.shape[2:] or agents.dtype != q.dtype:
         raise ValueError(f"agents must be [B, n, H, D] as q {tuple(q.shape)}, got {tuple(agents.shape)}.")
-    count = agents.shape[1]
-    for name, b, shape in (
-        ("key_bias", key_bias, (count, k.shape[1])),
-        ("query_bias", query_bias, (q.shape[1], count)),
+    if shortcut and k.shape[1] != q.shape[1]:
+        raise ValueError(f"shortcut adds v to the output: {k.shape[1]} values do not fit {q.shape[1]} queries.")
+    count, heads = agents.shape[1], q.shape[2]
+    for name, b, tokens, shape in (
+        ("key_bias", key_bias, k.shape[1], (count, k.shape[1])),
+        ("query_bias", query_bias, q.shape[1], (q.shape[1], count)),
     ):
-        if b is not None and (b.ndim != 3 or b.shape[0] not in (1, q.shape[2]) or tuple(b.shape[1:]) != shape):
-            raise ValueError(f"{name} must be [{q.shape[2]} or 1, {shape[0]}, {shape[1]}], got {tuple(b.shape)}.")
+        if isinstance(b, Tensor):
+            if b.ndim != 3 or b.shape[0] not in (1, heads) or tuple(b.shape[1:]) != shape:
+                raise ValueError(f"{name} must be [{heads} or 1, {shape[0]}, {shape[1]}], got {tuple(b.shape)}.")
+        elif b is not None:
+            table, weights = b
+            fits = table.ndim == 3 and table.shape[0] in (1, heads) and table.shape[1] == count
+            if not fits or weights.shape != (tokens, table.shape[-1]):
+                raise ValueError(
+                    f"The factors of {name} must be [{heads} or 1, {count}, r] and [{tokens}, r], "
+                    f"got {tuple(table.shape)} and {tuple(weights.shape)}."
+                )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return scale, scale if agent_scale is None else float(agent_scale)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from .. import reference, sparse_linear_attention
 from ..backend import without_triton
@@ -68,8 +69,8 @@ class SLA(Op):
         return {
             "torch": lambda: [self.formula(case)],
             "official-sla": lambda: [peers.official_sla(dim, topk, block) for block in (64, 128)],
-            "sdpa-cudnn": lambda: [peers.exact("CUDNN_ATTENTION")],
-            "sdpa-flash": lambda: [peers.exact("FLASH_ATTENTION")],
+            "sdpa-cudnn": lambda: [peers.exact(SDPBackend.CUDNN_ATTENTION)],
+            "sdpa-flash": lambda: [peers.exact(SDPBackend.FLASH_ATTENTION)],
         }
 
     def views(self, case: Case) -> list[View]:

@@ -119,7 +119,7 @@ class Processor:
             call = AttnCall(q, k, v, text=text, **settings)
         if merged is not None and merged.agents is not None:
             call.agents = to_heads(attn.to_q(merged.agents), site.head_dim)
-        out = mechanism(call).flatten(2).to(call.output_dtype())
+        out = run(mechanism, call, q)
         if merged is not None:
             out = merged.expand(out)
         if not apart:
@@ -202,6 +202,13 @@ def prepared_mask(attn: HostLayer, mask: Tensor | None, hidden_states: Tensor) -
 def is_default(processor: type) -> bool:
     """Whether it may have been set to get the host's attention back, not by a setting such as attention slicing."""
     return not processor.__name__.startswith(("Sliced", "XFormers"))
+
+
+def run(mechanism: Mechanism, call: AttnCall, q: Tensor) -> Tensor:
+    """The mechanism's attention, `[B, S, C]`; what its queries were is kept for `describe`."""
+    if not torch.compiler.is_compiling():
+        mechanism.ran = q.dtype, q.device, q.numel()
+    return mechanism(call).flatten(2).to(call.output_dtype())
 
 
 def backend_name(backend: Any) -> str:

@@ -110,6 +110,14 @@ def test_the_adapter_is_the_student(tmp_path, data, monkeypatch):
             assert torch.allclose(fresh(**inputs)[0], kept["student"](**inputs)[0], atol=1e-4)
 
 
+def test_a_length_in_minutes(tmp_path, data):
+    """The learning rate comes to zero in time, and the adapter is of the steps that fitted."""
+    folder = run("sd", data, tmp_path, max_train_steps=10**6, max_train_minutes=1 / 60, lr_scheduler="constant")
+    found = rows(tmp_path)
+    assert 4 < found[-1]["step"] < 1000 and found[-1]["lr"] < 0.2 * found[1]["lr"]
+    assert json.loads((folder / "training.json").read_text())["steps"] == found[-1]["step"]
+
+
 @pytest.mark.parametrize("changes", [{}, {"use_ema": True, "stage": "transfer", "gradient_accumulation_steps": 2}])
 def test_goes_on_exactly(tmp_path, changes, data):
     """Stopped at step 5 of 8, and at a place between two lines of the log."""
@@ -253,6 +261,7 @@ def test_folders_of_other_runs(tmp_path, data):
         ({"layers": ["nothing.*"]}, "matches none of the 4 layers"),
         ({"data_dir": "/nowhere"}, "holds no data set"),
         ({"max_train_steps": 0}, "max_train_steps must be at least 1"),
+        ({"max_train_minutes": 0.0}, "max_train_minutes must be a positive number"),
         ({"task_weight": 0.0, "output_weight": 0.0, "attention_weight": 0.0}, "nothing to learn from"),
         ({"weighting_scheme": "mode"}, "for flow models"),
         ({"init_adapter": "/nowhere"}, "no folder here"),
