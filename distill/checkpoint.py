@@ -26,8 +26,8 @@ RUN, TRAINED = "run.json", "trained.safetensors"
 FREE = {
     "output_dir", "max_train_steps", "max_train_minutes", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "logging_steps", "report_to", "tracker_project_name", "validation_prompts",
-    "validation_steps", "num_inference_steps", "adapter_dtype", "dataloader_num_workers", "gradient_checkpointing", "stages",
-    "data_dir",
+    "validation_steps", "num_inference_steps", "adapter_dtype", "dataloader_num_workers", "gradient_checkpointing",
+    "stages", "data_dir",
 }  # fmt: skip
 
 
