@@ -47,7 +47,7 @@ def train(
     Args:
         pipe: the teacher's pipeline; used up: load another one afterwards.
         model: its name or folder, for the model card.
-        on_progress: called with the step, of how many, and a few words.
+        on_progress: called with the step, of how many (0 where time decides), and a few words.
 
     Returns:
         `<output_dir>/adapter`.
@@ -121,7 +121,8 @@ class Run:
         first = self.step * c.gradient_accumulation_steps
         positions = Positions(first, c.train_batch_size, accelerator.process_index, accelerator.num_processes)
         cuda = accelerator.device.type == "cuda"
-        with measured(self.step, c.max_train_steps if c.max_train_minutes is None else None, accelerator) as after_step:
+        total = c.max_train_steps if c.max_train_minutes is None else None
+        with measured(self.step, total, accelerator) as after_step:
             if self.step < c.max_train_steps:
                 for batch in batches(stream, positions, c.dataloader_num_workers, pin=cuda):
                     batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
@@ -132,7 +133,7 @@ class Run:
                     self._now_and_then()
                     after_step(self.step)
                     if on_progress is not None:
-                        on_progress(self.step, c.max_train_steps, self.log.words)
+                        on_progress(self.step, total or 0, self.log.words)
                     if self.last:
                         break
 
