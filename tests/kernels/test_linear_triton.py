@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linfusion.kernels import RopeTables, linear_attention, reference
+from linfusion.kernels import RopeTables, backend, linear_attention, qk_norm_rope, reference
 from linfusion.kernels.backend import interpreted, without_triton
 from linfusion.kernels.launch import forget
 from linfusion.kernels.linear_launch import linear_attention_op
@@ -186,3 +186,25 @@ def test_whole_graph():
     q, k, v = (random(1, 20, 2, 16).requires_grad_() for _ in range(3))
     compiled = torch.compile(linear_attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), linear_attention(q, k, v))
+
+
+def halves(dim):
+    return RopeTables(*tables(9, dim, False)[:2], interleaved=False)
+
+
+@pytest.mark.parametrize(
+    ("dim", "call", "reason"),
+    [
+        (16, lambda q, k, v: linear_attention(q, k, torch.cat((v, v), -1)), "values have head dim 32"),
+        (24, lambda q, k, v: linear_attention(q, k, v, rope=halves(24)), "a power of two, not 24"),
+        (16, lambda q, k, v: linear_attention(q, k, v, feature_map="softmax", heads=1), "cannot be put in 1"),
+        (16, lambda q, k, v: linear_attention(q, k, v, key_weight=q[..., 0].clone().requires_grad_()), "key_weight"),
+        (16, lambda q, k, v: qk_norm_rope(q.mT.contiguous().mT, k, eps=1e-6), "last dimension"),
+        (16, lambda q, k, v: qk_norm_rope(q.transpose(1, 2).contiguous().transpose(1, 2), k, eps=1e-6), "side by side"),
+    ],
+)  # fmt: skip
+def test_what_pytorch_computes_is_said(caplog, launched, dim, call, reason):
+    backend._log_once.cache_clear()
+    call(*random(3, 2, 9, 2, dim))
+    assert not launched
+    assert reason in caplog.text
