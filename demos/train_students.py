@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 import linfusion as lf
 from linfusion.adapter import read_adapter
@@ -49,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of the sampler (default the model's own)")
     args = parser.parse_args(argv)
     try:
+        if args.minutes is not None and args.minutes <= 0:
+            raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
         configs = _configs(args)
         args.output_dir.mkdir(parents=True, exist_ok=True)
         if args.only != "measure":
@@ -141,7 +141,7 @@ def _measure(args: argparse.Namespace, names: list[str]) -> None:
     prompts = [captions()[i] for i in order[: args.num_samples]]
     config = settings.EvalConfig(
         num_samples=args.num_samples, eval_batch_size=args.batch, features="none", num_inference_steps=args.steps,
-        scales=args.scales,
+        scales=args.scales, resolution=pipe.vae.config.sample_size,
     )  # fmt: skip
     last: dict[str, Path] = {}
     students: dict[str, Callable[[Any], Any]] = {}
@@ -165,17 +165,24 @@ def _measure(args: argparse.Namespace, names: list[str]) -> None:
         }
         write_json(adapter / card.FIGURES, figures | {"sizes": own})
         card.write(adapter)
-    table = Table(title=f"students of {args.model}, {len(prompts)} captions")
-    for column in ("pixels", "student", "PSNR", *measures, "attention work left"):
-        table.add_column(column)
+    text = table(figures, list(students))
+    write_text(folder / "table.md", text)
+    print(text, flush=True)
+
+
+def table(figures: dict[str, Any], students: list[str]) -> str:
+    """Markdown of `evaluate`'s figures: a row for the teacher at each size, and for each of `students` (labels)."""
+    rows = [["pixels", "student", "work left", "top-1", "PSNR"], ["---"] * 5]
     for size, found in figures["sizes"].items():
-        table.add_row(size, "teacher", "", *(f"{found[f'teacher {m}']:.1%}" for m in measures), "")
+        rows.append([size, "teacher", "100.0 %", _percent(found.get(f"teacher {RETRIEVAL}")), "-"])
         for label in students:
-            shares = [f"{found[f'{label} {m}']:.1%}" for m in measures]
-            work = found[f"{label} attention work left"]
-            left = "" if work is None else f"{work:.1%}"
-            table.add_row(size, label, f"{found[f'{label} psnr']:.1f} dB", *shares, left)
-    Console(width=120).print(table)
+            work, share = (found.get(f"{label} {name}") for name in ("attention work left", RETRIEVAL))
+            rows.append([size, label, _percent(work), _percent(share), f"{found[f'{label} psnr']:.1f} dB"])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _say(words: str) -> None:
