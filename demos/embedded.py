@@ -87,7 +87,7 @@ def demo_pipeline(name: str = "emoji-flux", **kwargs: Any) -> DiffusionPipeline:
     """Open an embedded model, in fp32 on the CPU unless told otherwise.
 
     Args:
-        name: `emoji-flux` or `emoji-unet`, which takes its autoencoder, CLIP and tokenizer from the other.
+        name: `emoji-flux`, or where its weights are, `emoji-unet`, which takes what both share from the other.
         **kwargs: for `from_pretrained`. `dtype` and its older name `torch_dtype` are both taken.
 
     Raises:

@@ -27,8 +27,7 @@ def demo_pipeline(name: str = "emoji-flux", **kwargs: _Any) -> _Any:
     """The embedded text-to-image model as an ordinary diffusers pipeline; needs no network.
 
     Args:
-        name: "emoji-flux", a small FLUX that draws 256 x 256 emoji from their names, or "emoji-unet", a small Stable
-            Diffusion that does the same.
+        name: "emoji-flux", a small FLUX that draws 256 x 256 emoji from their names.
         kwargs: passed on to `from_pretrained`, such as `torch_dtype`.
 
     Raises:
