@@ -67,6 +67,7 @@ def evaluate(
     settings: dict[str, Any] = {"steps": config.num_inference_steps, "guidance": config.guidance_scale}
     figures: dict[str, Any] = {"prompts": len(prompts), "seed": config.seed, "features": config.features, "sizes": {}}
     rows: list[tuple[str, Tensor]] = []
+    folder.mkdir(parents=True, exist_ok=True)
     for size in sizes:
         restore(pipe)
         say(f"teacher at {size or 'its own'} pixels")
@@ -75,6 +76,7 @@ def evaluate(
         pixels = theirs.shape[-1]
         found: dict[str, Any] = {"teacher seconds a step": _seconds(pipe, prompts[0], size, settings)}
         found |= {f"teacher {name}": measure(theirs, prompts) for name, measure in (measures or {}).items()}
+        figures["sizes"][str(pixels)] = found
         rows.append((f"teacher\n{pixels} px", theirs))
         for label, put_in in students.items():
             say(f"{label} at {pixels} pixels")
@@ -86,8 +88,7 @@ def evaluate(
             found |= {f"{label} {name}": measure(ours, prompts) for name, measure in (measures or {}).items()}
             rows.append((f"{label}\n{pixels} px", ours))
             restore(pipe)
-        figures["sizes"][str(pixels)] = found
-    folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / card.FIGURES, figures)  # who stops a long evaluation keeps what was measured so far
     write_json(folder / card.FIGURES, figures)
     sheet(rows, prompts[:8], folder / card.SHEET)
     if (folder / card.FACTS).is_file():

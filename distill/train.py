@@ -102,7 +102,7 @@ class Run:
         )  # fmt: skip
         self.limit = Limit(config.max_train_minutes)
         if config.max_train_minutes is not None:
-            self.scheduler.lr_lambdas = [lambda s, f=f: f(s) * self.limit.factor() for f in self.scheduler.lr_lambdas]
+            self.scheduler.lr_lambdas = [self.limit.shortened(rate) for rate in self.scheduler.lr_lambdas]
         self.meter = Meter()
         accelerator.register_for_checkpointing(self.scheduler, self.meter, *([self.ema] if self.ema else []))
         self.checkpoints = Checkpoints(accelerator, config, trained)
@@ -254,9 +254,9 @@ class Limit:
     def over(self) -> bool:
         return self.passed >= 1
 
-    def factor(self) -> float:
-        """Of the learning rate."""
-        return min(1.0, max(0.0, 1 - self.passed) / self.decay)
+    def shortened(self, rate: Callable[[int], float]) -> Callable[[int], float]:
+        """A schedule of learning rates that comes down to zero in time."""
+        return lambda step: rate(step) * min(1.0, max(0.0, 1 - self.passed) / self.decay)
 
 
 class _Averaged:
