@@ -16,6 +16,7 @@ from linfusion.demos.emoji.models import Sizes, build_unet
 from linfusion.distill.config import SampleConfig, TrainConfig, fields_of, merge, read_yaml
 from linfusion.distill.data.store import Store
 from linfusion.distill.student import asked_for
+from linfusion.distill.trainable import add_lora, choose, projections
 
 from .tiny import PROMPTS, build
 
@@ -138,6 +139,11 @@ def test_committed_configs(path):
         assert {(layer.grid[0], layer.mechanism) for layer in layers} == {
             (32, "CLEAR(radius=8)"), (16, "CLEAR(radius=4)"),
         }  # fmt: skip
+    pytest.importorskip("peft")
+    targets = projections(host, wanted)
+    add_lora(host, targets, whole.rank, whole.lora_alpha)
+    trained = choose(host, sorted(wanted), whole.trainable, targets)
+    assert 2 * sum(p.numel() for p in trained.values()) < 0.6e6, "bytes in bf16: ten have to fit into the repository"
 
 
 def test_there_is_a_config_for_every_mechanism_that_learns():
