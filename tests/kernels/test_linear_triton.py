@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from linfusion.kernels import RopeTables, backend, linear_attention, qk_norm_rope, reference
+from linfusion.kernels import RopeTables, backend, linear_attention, linear_launch, qk_norm_rope, reference
 from linfusion.kernels.backend import interpreted, without_triton
-from linfusion.kernels.launch import forget
+from linfusion.kernels.launch import Launch, forget
 from linfusion.kernels.linear_launch import linear_attention_op
 
 from .test_linear import tables
@@ -208,3 +208,22 @@ def test_what_pytorch_computes_is_said(caplog, launched, dim, call, reason):
     call(*random(3, 2, 9, 2, dim))
     assert not launched
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "dim"), [(2, 20, 2048, 64), (2, 16, 4096, 72), (1, 24, 4096, 128)]
+)
+def test_memory(monkeypatch, batch, heads, tokens, dim):
+    """What backward takes beside inputs and outputs is under a twentieth of them, with what forward kept for it."""
+    taken, empty = [], torch.empty
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: None)
+    monkeypatch.setattr(linear_launch, "multiprocessors", lambda device: 132)
+    q, k, v, grad = (empty(batch, tokens, heads, dim, dtype=torch.bfloat16, device="meta") for _ in range(4))
+    settings = (None, None, None, None, True, "elu1", "divide", 1e-4, 1.0)
+    recipe = linear_launch._forward_recipe(q, k, v, *settings)
+    _, records = linear_launch.forward_to_keep(q, k, v, *settings, recipe)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: taken.append(empty(*a, **k)) or taken[-1])
+    linear_launch.backward(grad, q, k, v, records, *settings)
+    beside = [records, *(x for x in taken if x.dtype is torch.float32)]
+    assert len(beside) > 1
+    assert sum(x.nbytes for x in beside) < 0.05 * 7 * q.nbytes
