@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -176,14 +177,12 @@ def _evaluate(args: argparse.Namespace, data: EmojiData) -> None:
     copies, vae_psnr = _copies(pipe.vae, data)
     copied = evaluate.retrieved(copies, data.captions, evaluate.data_thumbnails(data), data.captions)
     logger.info("PSNR of the autoencoder's copies %.2f dB", vae_psnr)
-    figures = {
+    figures: dict[str, Any] = {
         "pictures": len(data),
         "vae_psnr_db": vae_psnr,
         "retrieval_of_vae_copies": sum(copied) / len(copied),
         "captions": len(captions),
-        "retrieval": {
-            f"guidance {scale:g}": evaluate.retrieval(pipe, data, captions, guidance=scale) for scale in args.guidance
-        },
+        "retrieval": {},
         "parameters": {
             name: sum(p.numel() for p in module.parameters())
             for name, module in pipe.components.items()
@@ -191,8 +190,10 @@ def _evaluate(args: argparse.Namespace, data: EmojiData) -> None:
         },
         "bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
     }
-    logger.info("%s", figures)
-    write_json(args.output / "figures.json", figures)
+    for scale in args.guidance:
+        figures["retrieval"][f"guidance {scale:g}"] = evaluate.retrieval(pipe, data, captions, guidance=scale)
+        write_json(args.output / "figures.json", figures)  # who stops it keeps what was measured so far
+        logger.info("%s", figures)
     shown = captions[:32]
     originals = data.pixels(torch.tensor([data.captions.index(caption) for caption in shown]))
     sheet([originals, evaluate.draw(pipe, shown)], shown, args.output / "emoji-dataset.png")
