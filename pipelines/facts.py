@@ -12,7 +12,7 @@ SEEDS = 2**64
 
 def call_defaults(pipe: Any) -> dict[str, Any]:
     """Arguments that the pipeline's call takes, with their defaults; `**kwargs` are those of the class above."""
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = dict(getattr(pipe, "defaults", {}))  # of an embedded model
     for cls in type(pipe).__mro__:
         if "__call__" not in vars(cls):
             continue
