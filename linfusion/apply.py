@@ -433,6 +433,7 @@ def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     shared = state.layout
     shared.grid, shared.tokens = layout.grid, layout.tokens
     shared.text, shared.text_first, shared.text_mask = layout.text, layout.text_first, layout.text_mask
+    shared.references = layout.references
 
 
 def _has_parameters(record: Record) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
@@ -74,6 +75,10 @@ class Processor:
             )
         return mechanism
 
+    def moved(self, mechanism: Mechanism) -> int:
+        """How many reference tokens this layer takes from behind the picture to before it: none in the host's order."""
+        return 0 if mechanism.honours_mask else mechanism.layout.references
+
     def attend(
         self,
         mechanism: Mechanism,
@@ -92,14 +97,19 @@ class Processor:
 
         Without `encoder_hidden_states`, text (if the layer has any) stands in `hidden_states` already; the whole
         sequence then comes back first, and None. `text` is how many tokens that are, where not the layout's number.
+        Reference tokens stand before the picture's here, unless the mechanism keeps the host's order; `text_mask` does
+        not count them.
         """
         site, apart = mechanism.site, encoder_hidden_states is not None
+        references = mechanism.layout.references
         if text is None:
             text = mechanism.layout.text if site.joint else 0
+        if text_mask is not None and references:
+            text_mask = F.pad(text_mask, (0, references), value=True)
         merged = mechanism.merge(hidden_states) if mechanism.merges_tokens else None  # only in layers without text
         if merged is not None:
             hidden_states = merged.tokens
-        x_q, x_k = self.inputs(mechanism, hidden_states, 0 if apart else text)
+        x_q, x_k = self.inputs(mechanism, hidden_states, references if apart else text)
         q = to_heads(attn.to_q(x_q), site.head_dim)
         k = to_heads(attn.to_k(x_k), site.head_dim)
         v = to_heads(attn.to_v(hidden_states), site.head_dim)
@@ -114,7 +124,7 @@ class Processor:
         if apart:
             words = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             text_q, text_k, text_v = (to_heads(project(encoder_hidden_states), site.head_dim) for project in words)
-            call: AttnCall = ApartCall((q, k, v), (text_q, text_k, text_v), **settings)
+            call: AttnCall = ApartCall((q, k, v), (text_q, text_k, text_v), references, **settings)
         else:
             call = AttnCall(q, k, v, text=text, **settings)
         if merged is not None and merged.agents is not None:
@@ -124,8 +134,10 @@ class Processor:
             out = merged.expand(out)
         if not apart:
             return out, None
-        text_out, image_out = call.split(out)
-        return image_out, text_out
+        count = text_q.shape[1]
+        if self.text_first:
+            return out[:, count:], out[:, :count]
+        return out[:, : q.shape[1]], out[:, q.shape[1] :]
 
     def attend_alone(
         self,

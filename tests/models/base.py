@@ -18,15 +18,19 @@ TEXT = 7
 
 
 class Run(NamedTuple):
-    """One kind of self-attention sequence in a host: a token grid, with so many tokens before and after it."""
+    """One kind of self-attention sequence in a host: a token grid, with so many tokens before and after it.
+
+    Of those after it, `references` are reference pictures', which mechanisms see before it.
+    """
 
     grid: tuple[int, ...]
     before: int = 0
     after: int = 0
+    references: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.before + math.prod(self.grid) + self.after
+        return self.before + math.prod(self.grid) + self.after + self.references
 
 
 @dataclass(frozen=True)

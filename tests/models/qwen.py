@@ -1,12 +1,13 @@
 """Qwen-Image and its ControlNet: text and picture rotated apart, prompts padded to one length."""
 
 import inspect
+import math
 
 import diffusers
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from .base import TEXT, Tiny, noise, padded_text
+from .base import TEXT, Run, Tiny, noise, padded_text
 
 SIZES = {
     "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
@@ -35,6 +36,16 @@ def qwen_padded(height: int, width: int) -> dict:
     return qwen_inputs(height, width) | {"encoder_hidden_states_mask": padded_text()}
 
 
+def qwen_edit(height: int, width: int) -> dict:
+    """As QwenImageEditPlusPipeline with two pictures, behind the one to be drawn; prompts are padded."""
+    shapes = [(1, height, width), (1, 1, 3), (1, 1, 2)]
+    return qwen_padded(1, sum(math.prod(shape) for shape in shapes)) | {"img_shapes": [shapes] * 2}
+
+
+def picture_and_references(grid: tuple[int, ...]) -> list[Run]:
+    return [Run(grid, before=TEXT, references=3 + 2)]
+
+
 def qwen_controlnet() -> torch.nn.Module:
     return diffusers.QwenImageControlNetModel(**SIZES)
 
@@ -46,6 +57,9 @@ def qwen_controlnet_inputs(height: int, width: int) -> dict:
 HOSTS = {
     "qwen": Tiny("QwenImageTransformer2DModel", qwen, qwen_inputs, 2, "transformer_blocks.1.*"),
     "qwen-padded": Tiny("QwenImageTransformer2DModel", qwen, qwen_padded, 2, "transformer_blocks.1.*"),
+    "qwen-edit": Tiny(
+        "QwenImageTransformer2DModel", qwen, qwen_edit, 2, "transformer_blocks.1.*", runs=picture_and_references
+    ),
 }
 if hasattr(diffusers, "QwenImageControlNetModel"):
     HOSTS["qwen-controlnet"] = Tiny(
