@@ -47,8 +47,8 @@ class Layout:
     """What the latest forward of the host said about its sequence; shared by all layers below one hook.
 
     `grid` is a tuple of ints, or an int64 CPU tensor inside a whole-model `torch.compile` of a host that carries its
-    grid in a tensor, or None while unknown. `text` counts all tokens outside the grid; the last `references` of them are
-    those of reference pictures, which the host puts behind the picture and `reference_tokens_first` before it.
+    grid in a tensor, or None while unknown. `text` counts all tokens outside the grid; `references` of them are those
+    of reference pictures, which the host puts behind the picture and `reference_tokens_first` before it.
     """
 
     grid: tuple[int, ...] | Tensor | None = None

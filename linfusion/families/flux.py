@@ -89,8 +89,8 @@ def flux_layout(
 
 
 ONE_PICTURE = (
-    "Reference pictures in the sequence (FLUX Kontext, FLUX.2 with input images) need a model that is not compiled as a "
-    "whole, where img_ids tell no lengths: compile_repeated_blocks() does that."
+    "Reference pictures in the sequence (FLUX Kontext, FLUX.2 with input images) tell no lengths to a model that is "
+    "compiled as a whole. Use compile_repeated_blocks()."
 )
 
 

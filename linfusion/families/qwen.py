@@ -89,8 +89,8 @@ def qwen_layout(
         return Layout(tokens=tokens, text=text)
     if together:
         raise ValueError(
-            f"img_shapes={pictures}: several pictures that are drawn together (Qwen-Image-Layered) have no single token "
-            "grid, which this mechanism needs."
+            f"img_shapes={pictures}: several pictures that are drawn together (Qwen-Image-Layered) have no single "
+            "token grid, which this mechanism needs."
         )
     if any(sample != pictures for sample in others):
         raise ValueError(f"img_shapes differ between samples ({samples}); mechanisms take one token grid.")

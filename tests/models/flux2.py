@@ -11,8 +11,9 @@ from .base import TEXT, Run, Tiny, noise
 
 def flux2(depth: int = 2) -> torch.nn.Module:
     return diffusers.Flux2Transformer2DModel(
-        patch_size=1, in_channels=16, num_layers=depth, num_single_layers=depth, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), mlp_ratio=2.0,
+        patch_size=1, in_channels=16, num_layers=depth, num_single_layers=depth, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        mlp_ratio=2.0,
     )  # fmt: skip
 
 
