@@ -115,8 +115,8 @@ def load(pipe_or_model: Any, source: str | Path, *, fuse_prologue: bool = True) 
         )
     if len(models) > 1:
         raise ValueError(
-            f"{adapter.source} was saved for one {adapter.model}, and here are {len(models)}: load it into one of them, "
-            "as linfusion.load(pipe.transformer, ...)."
+            f"{adapter.source} was saved for one {adapter.model}, and here are {len(models)}. Load it into one of them: "
+            "linfusion.load(pipe.transformer, ...)."
         )
     target = pipe_or_model if len(denoisers(pipe_or_model)) == 1 else models[0]
     apply_adapter(target, adapter.layers, None, adapter, fuse_prologue)
