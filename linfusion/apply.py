@@ -333,9 +333,7 @@ def _choose(names: list[tuple[str, str]], mechanism: Choice, layers: Layers) -> 
         matches = [n for n in matching(pattern, f"Pattern {pattern!r}") if n in left]
         taken = [n for n in matches if n in chosen]
         if left and pattern != "*" and len(taken) == len(matches):  # "*" is what others leave, if anything
-            why = (
-                "earlier ones take all its layers, put it before them" if taken else "layers= leaves none of its layers"
-            )
+            why = "earlier ones take all its layers, put it before them" if taken else "layers= leaves it no layer"
             raise ValueError(f"Pattern {pattern!r} would have no effect: {why}.")
         chosen |= {n: config for n in matches if n not in chosen}
     if not chosen:

@@ -115,7 +115,7 @@ def load(pipe_or_model: Any, source: str | Path, *, fuse_prologue: bool = True) 
         )
     if len(models) > 1:
         raise ValueError(
-            f"{adapter.source} was saved for one {adapter.model}, and here are {len(models)}. Load it into one of them: "
+            f"{adapter.source} was saved for one {adapter.model}, and here are {len(models)}. Load it into one: "
             "linfusion.load(pipe.transformer, ...)."
         )
     target = pipe_or_model if len(denoisers(pipe_or_model)) == 1 else models[0]
