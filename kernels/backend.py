@@ -77,7 +77,7 @@ def why_not_triton(op: str, head_dim: int | None, *tensors: Tensor, lacking: str
     """
     reason = _reason(head_dim, tensors) or lacking
     if reason is not None:
-        if tensors[0].device.type == "cuda" and _enabled:
+        if (tensors[0].device.type == "cuda" or _interpreted) and _enabled:
             _log_once(op, reason)
         return reason
     first = tensors[0]

@@ -129,9 +129,14 @@ def suits(
     rope = None if cos is None or sin is None else RopeTables(cos, sin, interleaved)
     check_linear(q, k, v, feature_map, normalize, rope, None, None)
     dim = q.shape[-1]
-    if v.shape[-1] != dim or 0 in q.shape or (rope is not None and not interleaved and dim & (dim - 1) != 0):
+    if 0 in q.shape:
         return False
-    return why_not_triton("linear_attention", dim, q, k, v) is None
+    lacking = None
+    if v.shape[-1] != dim:
+        lacking = f"values have head dim {v.shape[-1]}, keys {dim}"
+    elif rope is not None and not interleaved and dim & (dim - 1) != 0:
+        lacking = f"pairs half a head apart need a head dim that is a power of two, not {dim}"
+    return why_not_triton("linear_attention", dim, q, k, v, lacking=lacking) is None
 
 
 def _strides(weight: Tensor | None) -> tuple[int, ...]:
@@ -226,6 +231,12 @@ def forward(
     return out, records
 
 
+def forward_to_keep(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """As `forward`, with one record for a head: less to keep, and a shape that does not depend on the device."""
+    out, records = forward(*arguments)
+    return out, records if records.shape[1] == 1 else records.sum(1, keepdim=True)
+
+
 class Backward(NamedTuple):
     """The passes of `backward` on tensors of one layout.
 
@@ -295,8 +306,6 @@ def backward(
         weight = count = q
     if cos is None or sin is None:
         cos = sin = q
-    if records.shape[1] > 1:
-        records = records.sum(1, keepdim=True)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     partial = torch.empty(recipe.records, dtype=torch.float32, device=q.device)
@@ -321,9 +330,7 @@ def linear_attention_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     cos, sin = alike(cos, sin)
     recipe = _known_to_suit(q, k, v, weight, count, cos, sin, interleaved, feature_map, normalize, eps, scale)
-    out, records = forward(q, k, v, weight, count, cos, sin, recipe)
-    # one record for a head, so that shapes do not depend on the device
-    return out, records if records.shape[1] == 1 else records.sum(1, keepdim=True)
+    return forward_to_keep(q, k, v, weight, count, cos, sin, recipe)
 
 
 @linear_attention_op.register_fake
@@ -369,4 +376,4 @@ def _backward(run: Callable[..., tuple], ctx: Any, grad: Tensor | None, _: Any) 
 
 
 linear_attention_op.register_autograd(functools.partial(_backward, linear_attention_backward_op), setup_context=_setup)
-forward_with_gradients = differentiable(forward, _setup, functools.partial(_backward, backward))
+forward_with_gradients = differentiable(forward_to_keep, _setup, functools.partial(_backward, backward))
