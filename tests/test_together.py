@@ -11,6 +11,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
 )
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from PIL import Image
 
 import linfusion as lf
@@ -220,6 +221,42 @@ def test_caches_on_top(cache, config):
     assert gap(skipped, plain) > 1e-4
     model.disable_cache()
     assert gap(forward(model, other), plain) < 1e-6
+
+
+SKIPS = {
+    "attention": {"skip_attention": True, "skip_ff": False},
+    "scores": {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False},
+}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("skip", SKIPS)
+def test_layer_skip(skip, order):
+    """Skip-layer and perturbed-attention guidance: a layer answers its input, or its values."""
+    tiny = TINY["unet-sd15"]
+    block = "down_blocks.0.attentions.0.transformer_blocks"
+    inputs = tiny.inputs(6, 9)
+
+    def skipping(config):
+        model = tiny.build()
+        if config is not None and order == "before":
+            lf.apply(model, config)
+        apply_layer_skip(model, LayerSkipConfig(indices=[0], fqn=block, **SKIPS[skip]))
+        return model if config is None or order == "before" else lf.apply(model, config)
+
+    stock = forward(skipping(None), inputs)
+    assert gap(stock, forward(tiny.build(), inputs)) > 1e-2
+    assert torch.equal(forward(skipping(lf.Softmax()), inputs), stock)
+    for config in (lf.CLEAR(1000), lf.LinFusion(mid_dim=4)):
+        model = skipping(config)
+        if skip == "scores":
+            with pytest.raises(NotImplementedError, match=f"{block}.0.attn1: .*skip_attention_scores"):
+                forward(model, inputs)
+            assert torch.equal(forward(lf.restore(model), inputs), stock)
+        elif isinstance(config, lf.CLEAR):
+            assert gap(forward(model, inputs), stock) < 1e-5
+        else:
+            assert forward(model, inputs).isfinite().all()
 
 
 def ip_adapter(unet) -> list[dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +59,11 @@ class Processor:
             )
         if self._parallel_config is not None:
             raise NotImplementedError(f"{name} under context parallelism would see only this rank's tokens.")
+        if not mechanism.honours_backend and skips_scores(attn):
+            raise NotImplementedError(
+                f"{mechanism.site.name}: {name} has no scores of all tokens that skip_attention_scores could skip. Use "
+                "skip_attention, or leave the layer out with layers=."
+            )
         layout = mechanism.layout
         if "time" in mechanism.needs and mechanism.clock.time is None:
             raise ValueError(
@@ -200,6 +206,25 @@ class DispatchProcessor(Processor):
 
     def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
+
+
+def skipped_as(ours: type[Processor], module: str, stock: str) -> None:
+    """Let diffusers' layer skipping, which looks processors up by class, take ours for the stock one that it knows.
+
+    What a skipped layer answers does not depend on its processor.
+    """
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
+
+        Registry.register(ours, Registry.get(getattr(import_module(f"diffusers.models.{module}"), stock)))
+    except (ImportError, ValueError):  # an older diffusers: no layer skipping, or not of this processor
+        pass
+
+
+def skips_scores(attn: HostLayer) -> bool:
+    """Whether layer skipping is on that hands back v wherever scaled_dot_product_attention is called."""
+    hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", {})
+    return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
 
 
 def prepared_mask(attn: HostLayer, mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
