@@ -195,6 +195,13 @@ def ddim() -> DDIMScheduler:
     return DDIMScheduler(clip_sample=False, steps_offset=1)
 
 
+def two_steps(pipe: DiffusionPipeline, **arguments) -> Tensor:
+    """The latents after two steps; Z-Image hands over one of each sample."""
+    generator = torch.Generator().manual_seed(0)
+    out = pipe(num_inference_steps=2, generator=generator, output_type="latent", **arguments)[0]
+    return out if isinstance(out, Tensor) else torch.stack(list(out))
+
+
 def draw(pipe: DiffusionPipeline, channels: int, **arguments) -> Tensor:
     """Two steps on a grid that is not square, for two prompts given as embeddings."""
     arguments |= {

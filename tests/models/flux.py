@@ -7,6 +7,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -93,6 +94,22 @@ def flux_pipeline(transformer: nn.Module) -> FluxPipeline:
     )  # fmt: skip
 
 
+def flux_kontext_pipeline(transformer: nn.Module) -> FluxKontextPipeline:
+    return FluxKontextPipeline(
+        vae=vae(), text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+def flux_kontext_draw(pipe: DiffusionPipeline, guidance: float) -> Tensor:
+    """The picture to be changed comes as latents, and is not as large as the one to be drawn."""
+    pooled = {"pooled_prompt_embeds": noise(2, 24, seed=4), "negative_pooled_prompt_embeds": noise(2, 24, seed=5)}
+    return draw(
+        pipe, 32, image=noise(2, 4, 4, 6, seed=6), height=24, width=40, max_area=24 * 40, true_cfg_scale=guidance,
+        _auto_resize=False, **pooled,
+    )  # fmt: skip
+
+
 def flux_draw(pipe: DiffusionPipeline, guidance: float) -> Tensor:
     pooled = {"pooled_prompt_embeds": noise(2, 24, seed=4), "negative_pooled_prompt_embeds": noise(2, 24, seed=5)}
     return draw(pipe, 32, height=24, width=40, guidance_scale=3.0, true_cfg_scale=guidance, **pooled)
@@ -104,7 +121,7 @@ HOSTS = {
     ),
     "flux-kontext": Tiny(
         "FluxTransformer2DModel", flux_shallow, flux_kontext_inputs, 2, "single_transformer_blocks.*",
-        runs=picture_and_reference,
+        flux_kontext_pipeline, flux_kontext_draw, runs=picture_and_reference,
     ),
     "flux-controlnet": Tiny(
         "FluxControlNetModel", flux_controlnet, flux_controlnet_inputs, 4, "single_transformer_blocks.*"
