@@ -198,7 +198,7 @@ def ddim() -> DDIMScheduler:
 def two_steps(pipe: DiffusionPipeline, **arguments) -> Tensor:
     """The latents after two steps; Z-Image hands over one of each sample."""
     generator = torch.Generator().manual_seed(0)
-    out = pipe(num_inference_steps=2, generator=generator, output_type="latent", **arguments)[0]
+    out = pipe(**{"num_inference_steps": 2} | arguments, generator=generator, output_type="latent")[0]
     return out if isinstance(out, Tensor) else torch.stack(list(out))
 
 
@@ -209,6 +209,4 @@ def draw(pipe: DiffusionPipeline, channels: int, **arguments) -> Tensor:
     }  # fmt: skip
     here = pipe._execution_device
     arguments = {name: x.to(here) if isinstance(x, Tensor) else x for name, x in arguments.items()}
-    return pipe(
-        num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent", **arguments,
-    ).images  # fmt: skip
+    return two_steps(pipe, **arguments)

@@ -110,9 +110,9 @@ def flux_kontext_draw(pipe: DiffusionPipeline, guidance: float) -> Tensor:
     )  # fmt: skip
 
 
-def flux_draw(pipe: DiffusionPipeline, guidance: float) -> Tensor:
+def flux_draw(pipe: DiffusionPipeline, guidance: float, **settings) -> Tensor:
     pooled = {"pooled_prompt_embeds": noise(2, 24, seed=4), "negative_pooled_prompt_embeds": noise(2, 24, seed=5)}
-    return draw(pipe, 32, height=24, width=40, guidance_scale=3.0, true_cfg_scale=guidance, **pooled)
+    return draw(pipe, 32, height=24, width=40, guidance_scale=3.0, true_cfg_scale=guidance, **pooled, **settings)
 
 
 HOSTS = {
