@@ -114,6 +114,11 @@ def load(pipe_or_model: Any, source: str | Path, *, fuse_prologue: bool = True) 
         raise ValueError(
             f"{adapter.source} was saved for a {adapter.model} with a layer {unknown[0]!r}, which this one lacks."
         )
+    if len(models) > 1:
+        raise ValueError(
+            f"{adapter.source} was saved for one {adapter.model}, and here are {len(models)}. Load it into one: "
+            "linfusion.load(pipe.transformer, ...)."
+        )
     target = pipe_or_model if len(denoisers(pipe_or_model)) == 1 else models[0]
     apply_adapter(target, adapter.layers, None, adapter, fuse_prologue)
     return pipe_or_model

@@ -93,6 +93,9 @@ def test_flux_compiles_where_nothing_needs_the_grid(dynamo):
     tiny = TINY["flux"]
     model, inputs = apply(lively(small_flux()).eval(), lf.LinFusion()), tiny.inputs(6, 9)
     assert gap(compiled(model, inputs), forward(model, inputs)) < 1e-5
+    ids = torch.cat((inputs["img_ids"][:27], inputs["img_ids"][:27] + torch.tensor([1.0, 0.0, 0.0])))
+    with pytest.raises(RuntimeError, match=r"Reference pictures.*compile_repeated_blocks"):
+        compiled(model, inputs | {"img_ids": ids})
 
 
 @pytest.mark.parametrize("name", ["unet", "pixart", "flux"])
