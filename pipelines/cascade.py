@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .facts import call_defaults, text_reader
 from .files import save_latents
 from .generate import best_backend
 from .latents import coarse, from_vae, pack, resize, to_vae, unpack
+from .memory import Budget, frugal, parse_memory
 from .schedule import check_scheduler, noised, steered
 from .stages import Shelf, Size, Stage, check_stages, digest, on_white, stages, steps_of
 from .vae import decode, encode
@@ -31,13 +33,22 @@ OURS = ("height", "width", "num_inference_steps", "generator", "output_type", "l
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one stage did: `level` is the noise level that it began at, `seconds` those of the denoiser's steps."""
+    """What one stage did.
+
+    Attributes:
+        stage, steps: what it was told, and the steps that were run.
+        level: the noise level that it began at.
+        seconds: of the pipeline's call, its text encoders included.
+        resumed: whether it was found in the folder.
+        remarks: what was done to fit into memory.
+    """
 
     stage: Stage
     steps: int
     level: float
     seconds: float
     resumed: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass
@@ -70,6 +81,7 @@ def cascade(
     folder: str | Path | None = None,
     out: str | Path | None = None,
     arguments: dict[str, Any] | None = None,
+    memory: str | int | None = None,
     on_step: Callable[[int, int, int], None] | None = None,
     on_stage: Callable[[StageReport, Image.Image], None] | None = None,
     **settings: Any,
@@ -85,15 +97,19 @@ def cascade(
         folder: where finished stages are kept, with small previews; the same call goes on from there.
         out: stream the picture to this file instead of returning it, never holding it whole in floats.
         arguments: more of the pipeline's own call, such as `{"negative_prompt": "blurry"}`.
+        memory: of the GPU, such as "24GiB", for the denoiser's stages: what is done without to fit into it, or into
+            what there is, stands in the stages' remarks (memory.py).
         on_step: called with the stage's number from 1, its finished steps and their total.
         on_stage: called with each stage's report and a preview.
         **settings: of `Stage`, one value for all or a list with one for each.
 
     Raises:
         ValueError: settings or sizes that do not fit, a folder of another picture.
+        MemoryError: a stage does not fit; those before it are in `folder`.
         NotImplementedError: a pipeline whose latents or schedule cannot be handled from outside.
     """
     plan = stages(sizes, **settings)
+    budget = Budget(None if memory is None else parse_memory(memory))
     check_stages(pipe, plan)
     check_scheduler(pipe.scheduler, flow=any(s.shift is not None for s in plan))
     arguments = dict(arguments or {})
@@ -121,8 +137,11 @@ def cascade(
             if on_step is not None:
                 on_step(number, done, total)
 
+        run_stage = functools.partial(_run, pipe, prompt, stage, steps, clean, seed + number - 1, arguments, tell)
+        kept_there = "" if folder is None else f"Finished stages are in {folder}."
         with _stage_settings(pipe, stage, plan[0]):
-            clean, report = _run(pipe, prompt, stage, steps, clean, seed + number - 1, arguments, tell)
+            (clean, report), remarks = frugal(pipe, budget, math.prod(stage.shape), run_stage, kept_there)
+        report = replace(report, remarks=tuple(remarks))
         result.stages.append(report)
         if folder is not None or on_stage is not None:
             small = preview(pipe, clean)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..apply import Choice
-from .facts import call_defaults, check_pipeline, size_multiple
+from .facts import call_defaults, check_pipeline, native_size, size_multiple
 
 UPSCALES = ("latent", "pixel")
 Size = int | tuple[int, int]
@@ -113,6 +113,31 @@ def stages(sizes: Sequence[Size | Stage], **settings: Any) -> list[Stage]:
             raise ValueError(f"{name} has {len(values)} values for {len(result)} stages.")
         result = [dataclasses.replace(s, **{name: v}) for s, v in zip(result, values, strict=True)]
     return result
+
+
+def needs_cascade(pipe: Any, size: int | None) -> bool:
+    """Whether a picture of `size` is far enough above the model's own to be drawn by stages: half as large again."""
+    native = native_size(pipe)
+    return size is not None and native is not None and size >= 1.5 * native
+
+
+def sizes_up_to(start: Size, end: int, multiple: int) -> list[Size]:
+    """Sizes from `start`, left out, up to `end` pixels of the longer side, each at most twice the one before.
+
+    Raises:
+        ValueError: `end` is not above `start`.
+    """
+    height, width = (start, start) if isinstance(start, int) else start
+    longer = max(height, width)
+    if end <= longer:
+        raise ValueError(f"size must be above the {longer} pixels that there are, got {end}.")
+    count = math.ceil(math.log2(end / longer))
+    factors = [end / 2**k / longer for k in reversed(range(count))]
+    return [(_round(height * f, multiple), _round(width * f, multiple)) for f in factors]
+
+
+def _round(pixels: float, multiple: int) -> int:
+    return max(1, round(pixels / multiple)) * multiple
 
 
 def check_stages(pipe: Any, plan: Sequence[Stage]) -> None:
