@@ -196,7 +196,7 @@ def _run(
         return moved
 
     changes = clean is not None and (stage.skip > 0 or stage.low > 0)
-    own = _arguments(pipe, stage, steps, seed) | arguments
+    own = call_arguments(pipe, stage, steps, seed) | arguments
     started = time.perf_counter()
     with best_backend(pipe), steered(
         pipe, steps, 1.0 if clean is None else stage.strength, shift=stage.shift,
@@ -216,7 +216,7 @@ def _upscale(pipe: Any, clean: Tensor, stage: Stage, grid: tuple[int, int]) -> T
     return from_vae(pipe.vae, encode(pipe.vae, picture)).to(clean)
 
 
-def _arguments(pipe: Any, stage: Stage, steps: int, seed: int) -> dict[str, Any]:
+def call_arguments(pipe: Any, stage: Stage, steps: int, seed: int) -> dict[str, Any]:
     """What the pipeline's call is given, as far as it takes it."""
     known, reader = call_defaults(pipe), text_reader(pipe)
     given = {

@@ -49,7 +49,7 @@ def steered(
 
     Args:
         level: the first timestep as a share of the training schedule: for flow models the noise level sigma itself,
-            for others SDEdit's `t0 / T`. 1.0 runs the pipeline's own schedule.
+            exactly; for others SDEdit's `t0 / T`, as near as steps of equal size allow. 1.0: the pipeline's own start.
         stop: flow models only: the noise level at which to stop, such as for continuing on another grid.
         shift: flow models only: `sigma = s u / (1 + (s - 1) u)` (arXiv 2403.03206, eq. 23), not the pipeline's own.
         start: `(noise, scheduler) -> latents` to begin with, in the pipeline's own form; default the noise itself.
@@ -165,6 +165,9 @@ def _set(scheduler: Any, own: Callable, given: dict[str, Any], steps: int, level
     total = min((low, high), key=lambda n: abs(begin(n) - level))
     result = _set_whole(scheduler, own, given, total, steps)
     _cut(scheduler, _first(scheduler, total, steps))
+    if level < 1 and is_flow(scheduler):  # the sigmas are ours to choose, so the first is exact
+        scheduler.sigmas[0], result = level, level
+        scheduler.timesteps[0] = level * scheduler.config.num_train_timesteps
     if stop > 0:
         _end(scheduler, stop)
     return result
