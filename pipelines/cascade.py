@@ -22,10 +22,10 @@ from .facts import call_defaults, text_reader
 from .files import save_latents
 from .generate import best_backend
 from .latents import coarse, from_vae, pack, resize, to_vae, unpack
-from .memory import Budget, frugal, parse_memory
+from .memory import Budget, frugal, parse_memory, room
 from .schedule import check_scheduler, noised, steered
 from .stages import Shelf, Size, Stage, check_stages, digest, on_white, stages, steps_of
-from .vae import decode, encode
+from .vae import decode, encode, room_needed
 
 PREVIEW = 512  # pixels of the longer side
 OURS = ("height", "width", "num_inference_steps", "generator", "output_type", "latents", "callback_on_step_end")
@@ -150,12 +150,13 @@ def cascade(
                 on_stage(report, small)
     assert clean is not None
     result.latents = clean
-    started = time.perf_counter()
-    if out is None:
-        result.image = decode(pipe.vae, to_vae(pipe.vae, clean))
-    else:
-        save_latents(pipe.vae, to_vae(pipe.vae, clean), out)
-        result.path = Path(out)
+    started, latents = time.perf_counter(), to_vae(pipe.vae, clean)
+    with room(pipe, room_needed(pipe.vae, latents)):
+        if out is None:
+            result.image = decode(pipe.vae, latents)
+        else:
+            save_latents(pipe.vae, latents, out)
+            result.path = Path(out)
     result.decode_seconds = time.perf_counter() - started
     return result
 

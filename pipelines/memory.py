@@ -128,6 +128,24 @@ def savings(pipe: Any, count: int) -> Iterator[list[str]]:
 
 
 @contextmanager
+def room(pipe: Any, need: int) -> Iterator[None]:
+    """Where `need` bytes are not free on the GPU, everything but the VAE waits on the CPU within the block."""
+    device, moved = _device(pipe), []
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        if need > torch.cuda.mem_get_info(device)[0]:
+            parts = [c for c in pipe.components.values() if isinstance(c, nn.Module) and c is not pipe.vae]
+            moved = [c for c in parts if not hasattr(c, "_hf_hook") and next(c.parameters()).device == device]
+    for part in moved:
+        part.to("cpu")
+    try:
+        yield
+    finally:
+        for part in moved:
+            part.to(device)
+
+
+@contextmanager
 def _two_passes(pipe: Any) -> Iterator[bool]:
     """Each sample of a batch through the denoiser by itself; hooks see each of them."""
     models = denoisers(pipe)

@@ -36,8 +36,8 @@ class Stage:
         mechanism: a mechanism's config, a dict of patterns to configs, or an adapter's folder or Hub id, for this stage
             only; None for what the pipeline came with.
         shift: flow models: `sigma = s u / (1 + (s - 1) u)`; None for the pipeline's own rule for the size.
-        upscale: how the stage before is brought to this size: its latents ("latent", bicubic) or its pixels ("pixel",
-            Lanczos between decoding and encoding).
+        upscale: how the stage before is brought to this size: its pixels ("pixel", Lanczos between decoding and
+            encoding) or its latents ("latent", bicubic: no decoding, but softer and less clean).
         skip: 0 to 1, how much of the noised upscaled picture is mixed in at first (DemoFusion's skip residual,
             arXiv 2311.16973); it falls as a cosine's cube.
         low: 0 to 1, how far at first the low frequencies, those that the stage before can hold, are pulled to the
@@ -56,7 +56,7 @@ class Stage:
     guidance: float | None = None
     mechanism: Choice | str | Path | None = None
     shift: float | None = None
-    upscale: str = "latent"
+    upscale: str = "pixel"
     skip: float = 0.0
     low: float = 0.0
     ntk: float = 1.0

@@ -112,37 +112,68 @@ def whole_picture_norms(model: nn.Module) -> Iterator[Norms]:
                 norm.forward = forward  # type: ignore[method-assign]
 
 
+class Rows:
+    """An activation `[B, C, H, W]` as strips of rows, each freed once no layer looks at it any more."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts: list[Tensor | None] = []
+        self.ends: list[int] = []
+        for part in parts:
+            self.append(part)
+
+    def append(self, part: Tensor) -> None:
+        self.parts.append(part)
+        self.ends.append(self.height + part.shape[2])
+        self.shape = part.shape[0], part.shape[1], self.ends[-1], part.shape[3]
+
+    @property
+    def height(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Rows `start:stop`, both given."""
+        found, start = [], 0
+        for part, end in zip(self.parts, self.ends, strict=True):
+            if start < rows.stop and end > rows.start:
+                assert part is not None, "rows that were freed"
+                found.append(part[:, :, max(0, rows.start - start) : rows.stop - start])
+            start = end
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+    def free(self, until: int) -> None:
+        for i, end in enumerate(self.ends):
+            if end <= until:
+                self.parts[i] = None
+
+
 @dataclass
 class Strips:
-    """Runs layers one after another; activations wait on `store`, strips are computed on `device`."""
+    """Runs layers one after another; activations wait on `store`, strips are computed on `device`.
+
+    There is room needed for the larger of a layer's input and output, not for both: rows of the one go as rows of the
+    other come.
+    """
 
     norms: Norms
     device: torch.device
     store: torch.device
     dtype: torch.dtype
 
-    def layer(self, layer: Layer, x: Tensor, ahead: nn.GroupNorm | None) -> Tensor:
-        """The whole output, written over the input where the shapes agree; the norm ahead is measured on the way."""
-        shape = (x.shape[0], layer.channels, x.shape[2] * layer.up // layer.down, x.shape[3] * layer.up // layer.down)
-        inplace = x.shape == shape and x.dtype == self.dtype and x.device == self.store
-        out = x if inplace else torch.empty(shape, dtype=self.dtype, device=self.store)
-
-        def write(first: int, rows: Tensor) -> None:
-            out[:, :, first : first + rows.shape[2]] = rows
-
-        self.stream(layer, x, write, ahead, inplace)
+    def layer(self, layer: Layer, x: Rows, ahead: nn.GroupNorm | None) -> Rows:
+        """The output in place of the input; the norm ahead is measured on the way."""
+        out = Rows()
+        self.stream(layer, x, lambda first, rows: out.append(rows.to(self.store, copy=True)), ahead)
         return out
 
     def stream(
-        self, layer: Layer, x: Tensor, sink: Callable[[int, Tensor], Any], ahead: nn.GroupNorm | None = None,
-        inplace: bool = False,
-    ) -> None:  # fmt: skip
-        """The output handed to `sink(first row, [B, C, rows, W])` from top to bottom."""
+        self, layer: Layer, x: Rows, sink: Callable[[int, Tensor], Any], ahead: nn.GroupNorm | None = None
+    ) -> None:
+        """The output handed to `sink(first row, [B, C, rows, W])` from top to bottom; `x` is used up."""
         for norm in layer.norms:
             if norm not in self.norms.known:
                 self._measure(layer, norm, x)
         moments = None if ahead is None else Moments(ahead.num_groups)
-        for first, rows, piece in self._pieces(layer, x, inplace):
+        for first, rows, piece in self._pieces(layer, x, last=True):
             y = layer.run(piece)[:, :, rows]
             if moments is not None:
                 moments.add(y)
@@ -152,7 +183,7 @@ class Strips:
         if ahead is not None and moments is not None:
             self.norms.known[ahead] = moments.affine(ahead)
 
-    def _measure(self, layer: Layer, norm: nn.GroupNorm, x: Tensor) -> None:
+    def _measure(self, layer: Layer, norm: nn.GroupNorm, x: Rows) -> None:
         state, moments = self.norms, Moments(norm.num_groups)
         state.wanted, state.moments = norm, moments
         try:
@@ -167,21 +198,19 @@ class Strips:
             state.wanted = None
         state.known[norm] = moments.affine(norm)
 
-    def _pieces(self, layer: Layer, x: Tensor, inplace: bool = False) -> Iterator[tuple[int, slice, Tensor]]:
+    def _pieces(self, layer: Layer, x: Rows, last: bool = False) -> Iterator[tuple[int, slice, Tensor]]:
         """First row of the output, where its rows stand in the layer's answer, and the rows of input to run on."""
         up, down, halo = layer.up, layer.down, layer.halo
-        height, width = x.shape[2] * up // down, x.shape[3] * max(1, up // down)
-        wide = max(x.shape[1], layer.channels) * width * x.shape[0] * torch.finfo(self.dtype).bits // 8
-        rows = max(2, STRIP_BYTES // wide // 2 * 2)
-        above: Tensor | None = None  # rows that were overwritten, as they were
-        for first in range(0, height, rows):
-            last = min(first + rows, height)
-            low, high = first * down // up, last * down // up
-            start, end = max(0, low - halo), min(x.shape[2], high + halo)
-            piece = x[:, :, start:end]
-            if inplace:
-                piece = piece.clone() if above is None else torch.cat((above, x[:, :, low:end]), dim=2)
-                start = end - piece.shape[2]
-                above = piece[:, :, max(0, high - halo - start) : high - start]
+        batch, channels, rows_in, columns = x.shape
+        height = rows_in * up // down
+        wide = batch * max(channels, layer.channels) * columns * max(1, up // down)
+        count = max(2, STRIP_BYTES // (wide * torch.finfo(self.dtype).bits // 8) // 2 * 2)
+        for first in range(0, height, count):
+            end = min(first + count, height)
+            low, high = first * down // up, end * down // up
+            start = max(0, low - halo)
+            piece = x[start : min(rows_in, high + halo)].to(self.device, self.dtype)
             offset = (low - start) * up // down
-            yield first, slice(offset, offset + last - first), piece.to(self.device, self.dtype)
+            yield first, slice(offset, offset + end - first), piece
+            if last:
+                x.free(high - halo)

@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .strips import Layer, Moments, Norms, Strips, whole_picture_norms
+from .strips import Layer, Moments, Norms, Rows, Strips, whole_picture_norms
 
 logger = logging.getLogger(__name__)
 
 WINDOW, MARGIN = 256, 32  # latents; a window's middle is used, its margin only looked at
 WHOLE = WINDOW**2
 FUSE_BYTES = 2**33  # an upsampled activation above this is not kept but made anew for each pass over the next layer
+WORK_BYTES = 2**32  # of the strips at work: several activations of `STRIP_BYTES` and what convolutions need
 Sink = Callable[[int, Tensor], Any]
 
 
@@ -49,8 +50,8 @@ def decode_rows(vae: Any, latents: Tensor, sink: Sink, store: torch.device | str
     Args:
         latents: `[B, C, h, w]` in the VAE's scale.
         sink: called with the first row's number and `[B, 3, rows, W]`, about [-1, 1].
-        store: where activations wait, two of the picture's size with the last block's channels at most; None for the
-            VAE's device if they fit there, else the CPU.
+        store: where activations wait, at most one of the picture's size with the last block's channels; None for the
+            VAE's device if it fits there, else the CPU.
     """
     if not supported(vae):
         sink(0, _own_decode(vae, latents))
@@ -82,16 +83,29 @@ def supported(vae: Any, encoder: bool = False) -> bool:
     return not offloaded and all(type(block).__name__ in plain for block in blocks)
 
 
+def room_needed(vae: Any, latents: Tensor) -> int:
+    """Bytes that decoding keeps: the largest activation, and some strips."""
+    if not supported(vae):
+        return 0
+    dtype = next(vae.parameters()).dtype
+    return _largest(_decoder_layers(vae, latents, dtype), latents, dtype) + WORK_BYTES
+
+
 def _run(
     layers: list[Layer | nn.Module], x: Tensor, sink: Sink, norms: Norms, device: torch.device, dtype: torch.dtype,
     store: torch.device | str | None,
 ) -> None:  # fmt: skip
-    strips = Strips(norms, device, torch.device(store) if store else _store(layers, x, device, dtype), dtype)
+    if store is None:
+        store = _store(_largest(layers, x, dtype), device)
+    strips, rows = Strips(norms, device, torch.device(store), dtype), Rows(x)
     for layer, after in zip(layers, layers[1:], strict=False):
         ahead = _first_norm(after)
-        x = strips.layer(layer, x, ahead) if isinstance(layer, Layer) else _attend(layer, x, norms, device, ahead)
+        if isinstance(layer, Layer):
+            rows = strips.layer(layer, rows, ahead)
+        else:
+            rows = Rows(_attend(layer, rows[0 : rows.height], norms, device, ahead))
     assert isinstance(layers[-1], Layer)
-    strips.stream(layers[-1], x, sink)
+    strips.stream(layers[-1], rows, sink)
 
 
 def _first_norm(layer: Layer | nn.Module) -> nn.GroupNorm | None:
@@ -102,17 +116,22 @@ def _first_norm(layer: Layer | nn.Module) -> nn.GroupNorm | None:
     return norm
 
 
-def _store(layers: list[Layer | nn.Module], x: Tensor, device: torch.device, dtype: torch.dtype) -> torch.device:
-    """The VAE's device where the largest two activations that meet fit into half of what is free there."""
-    if device.type != "cuda":
-        return torch.device("cpu")
-    area, before, need = x.shape[0] * x.shape[2] * x.shape[3], 0, 0
-    for layer in layers:
+def _largest(layers: list[Layer | nn.Module], x: Tensor, dtype: torch.dtype) -> int:
+    """Bytes of the largest activation that is kept."""
+    area, sizes = x.shape[0] * x.shape[2] * x.shape[3], [0]
+    for layer in layers[:-1]:
         if isinstance(layer, Layer):
             area = area * layer.up**2 // layer.down**2
-            size = area * layer.channels * torch.finfo(dtype).bits // 8
-            need, before = max(need, before + size), size
-    return device if need < torch.cuda.mem_get_info(device)[0] * 3 // 4 else torch.device("cpu")
+            sizes.append(area * layer.channels * torch.finfo(dtype).bits // 8)
+    return max(sizes)
+
+
+def _store(need: int, device: torch.device) -> torch.device:
+    """The VAE's device where what is kept fits there beside the strips at work, else the CPU."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    torch.cuda.empty_cache()
+    return device if need + WORK_BYTES < torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
 
 
 def _decoder_layers(vae: Any, latents: Tensor, dtype: torch.dtype) -> list[Layer | nn.Module]:

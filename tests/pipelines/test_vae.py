@@ -1,5 +1,7 @@
 """Strips: the same pixels and latents as the whole autoencoder's, whatever the strips' height."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,30 @@ def test_norms_see_the_whole_picture(vae, low, monkeypatch):
 
     monkeypatch.setattr(strips.Moments, "add", forget)
     assert gap(decoded(vae, latents)[0], whole) > 1e-2
+
+
+def test_one_activation_is_kept(vae, low, monkeypatch):
+    """Never the input and the output of a layer at once, but for a few rows."""
+    live, most = weakref.WeakSet(), []
+    start = strips.Rows.__init__
+
+    def born(self, *parts):
+        live.add(self)
+        start(self, *parts)
+
+    monkeypatch.setattr(strips.Rows, "__init__", born)
+    run = strips.Rows.append
+
+    def append(self, part):
+        run(self, part)
+        most.append(sum(p.numel() for rows in live for p in rows.parts if p is not None))
+
+    monkeypatch.setattr(strips.Rows, "append", append)
+    latents = torch.randn(1, 4, 40, 8)
+    decoded(vae, latents)
+    largest = 8 * 160 * 32  # the upsampler's, with the last but one block's channels
+    assert largest <= max(most) < 1.2 * largest
+    assert module.room_needed(vae, latents) == 4 * largest + module.WORK_BYTES
 
 
 def test_half_precision(vae, low):
