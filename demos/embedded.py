@@ -29,7 +29,7 @@ class EmojiFluxPipeline(FluxPipeline):
 
     guidance_range = (1.0, 5.0)
     # rotary positions and noise of larger stages that keep it to the picture it drew at 256: it was trained at no other
-    cascade_settings = {"steps": 6, "strength": 0.2, "low": 1.0, "ntk": 50.0}
+    cascade_settings = {"steps": 4, "strength": 0.15, "low": 1.0, "ntk": 100.0}
     size_limits = (256, 1024)  # pixels; what `linfusion generate` draws, 256 being what it was trained at
 
     def __call__(self, prompt: str | list[str] | None = None, **kwargs: Any) -> Any:

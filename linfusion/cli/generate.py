@@ -60,16 +60,16 @@ def run(args: argparse.Namespace) -> int:
     from .upscale import draw_stages
 
     pipe = load_pipeline(args)
-    if needs_cascade(pipe, args.size) and not (args.compare or args.direct):
-        change(pipe, args, config)
-        native = native_size(pipe)
-        return draw_stages(pipe, args, [native, *sizes_up_to(native, args.size, size_multiple(pipe))])
-    check_pipeline(pipe, args.size, prefix="--")
+    staged = needs_cascade(pipe, args.size) and not (args.compare or args.direct)
+    check_pipeline(pipe, None if staged else args.size, prefix="--")
     change(pipe, args, config)
     name, label = _mechanism(pipe), _label(args, config)
     console = Console(stderr=True)
-    for remark in remarks(pipe, args.prompt, args.size, args.guidance):
+    for remark in remarks(pipe, args.prompt, None if staged else args.size, args.guidance):
         console.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if staged:
+        native = native_size(pipe)
+        return draw_stages(pipe, args, [native, *sizes_up_to(native, args.size, size_multiple(pipe))])
 
     def draw(title: str, steps: int | None = args.steps) -> Picture:
         with _progress(console, title, steps or _default_steps(pipe)) as on_step:
