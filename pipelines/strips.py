@@ -65,6 +65,7 @@ class Layer:
         norms: the group norms inside, in the order in which they are reached, all at the output's resolution.
         halo: rows of the input that the output looks at beyond its own, even where the resolution changes.
         channels: of the output.
+        passed: leading channels of the input that are only passed through: the first norm does not see them.
         up, down: the output has `up / down` times the rows and columns.
     """
 
@@ -72,6 +73,7 @@ class Layer:
     norms: list[nn.GroupNorm]
     halo: int
     channels: int
+    passed: int = 0
     up: int = 1
     down: int = 1
 
@@ -91,7 +93,7 @@ class Norms:
             self.moments.add(x[:, :, self.rows])
             raise Measured
         factor, addend = (t.view(*t.shape, *[1] * (x.ndim - 2)) for t in self.known[norm])
-        return torch.addcmul(addend, x, factor).to(x.dtype)
+        return torch.addcmul(addend, x, factor, out=torch.empty_like(x))  # in fp32, without a copy of it
 
 
 @contextmanager
@@ -159,14 +161,19 @@ class Strips:
     store: torch.device
     dtype: torch.dtype
 
-    def layer(self, layer: Layer, x: Rows, ahead: nn.GroupNorm | None) -> Rows:
-        """The output in place of the input; the norm ahead is measured on the way."""
+    def layer(self, layer: Layer, x: Rows, ahead: nn.GroupNorm | None, passed: int = 0) -> Rows:
+        """The output in place of the input; the norm ahead, of all but `passed` channels, is measured on the way."""
         out = Rows()
-        self.stream(layer, x, lambda first, rows: out.append(rows.to(self.store, copy=True)), ahead)
+        self.stream(layer, x, lambda first, rows: out.append(rows.to(self.store, copy=True)), ahead, passed)
         return out
 
     def stream(
-        self, layer: Layer, x: Rows, sink: Callable[[int, Tensor], Any], ahead: nn.GroupNorm | None = None
+        self,
+        layer: Layer,
+        x: Rows,
+        sink: Callable[[int, Tensor], Any],
+        ahead: nn.GroupNorm | None = None,
+        passed: int = 0,
     ) -> None:
         """The output handed to `sink(first row, [B, C, rows, W])` from top to bottom; `x` is used up."""
         for norm in layer.norms:
@@ -176,7 +183,7 @@ class Strips:
         for first, rows, piece in self._pieces(layer, x, last=True):
             y = layer.run(piece)[:, :, rows]
             if moments is not None:
-                moments.add(y)
+                moments.add(y[:, passed:])
             sink(first, y)
         for norm in layer.norms:
             del self.norms.known[norm]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,7 @@ def decode_rows(vae: Any, latents: Tensor, sink: Sink, store: torch.device | str
         sink(0, _own_decode(vae, latents))
         return
     with _ready(vae) as (device, dtype), whole_picture_norms(vae.decoder) as norms:
-        layers = _decoder_layers(vae, latents, dtype)
-        _run(layers, latents, sink, norms, device, dtype, store)
+        _run(_decoder_layers(vae, latents, dtype), latents, sink, norms, device, dtype, store)
 
 
 @torch.no_grad()
@@ -95,13 +95,17 @@ def _run(
     layers: list[Layer | nn.Module], x: Tensor, sink: Sink, norms: Norms, device: torch.device, dtype: torch.dtype,
     store: torch.device | str | None,
 ) -> None:  # fmt: skip
-    if store is None:
-        store = _store(_largest(layers, x, dtype), device)
+    free = _free(device)
+    halves = [half for layer in layers for half in (layer.halves() if isinstance(layer, Residual) else [layer])]
+    if store is None and _largest(halves, x, dtype) + WORK_BYTES < free:
+        layers, store = halves, device
+    elif store is None:
+        store = device if _largest(layers, x, dtype) + WORK_BYTES < free else torch.device("cpu")
     strips, rows = Strips(norms, device, torch.device(store), dtype), Rows(x)
     for layer, after in zip(layers, layers[1:], strict=False):
         ahead = _first_norm(after)
         if isinstance(layer, Layer):
-            rows = strips.layer(layer, rows, ahead)
+            rows = strips.layer(layer, rows, ahead, after.passed if isinstance(after, Layer) else 0)
         else:
             rows = Rows(_attend(layer, rows[0 : rows.height], norms, device, ahead))
     assert isinstance(layers[-1], Layer)
@@ -126,12 +130,12 @@ def _largest(layers: list[Layer | nn.Module], x: Tensor, dtype: torch.dtype) -> 
     return max(sizes)
 
 
-def _store(need: int, device: torch.device) -> torch.device:
-    """The VAE's device where what is kept fits there beside the strips at work, else the CPU."""
+def _free(device: torch.device) -> int:
+    """Bytes that activations may take: what a GPU has left; on a CPU, where nothing tells, enough for 4096 pixels."""
     if device.type != "cuda":
-        return torch.device("cpu")
+        return 3 * WORK_BYTES
     torch.cuda.empty_cache()
-    return device if need + WORK_BYTES < torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _decoder_layers(vae: Any, latents: Tensor, dtype: torch.dtype) -> list[Layer | nn.Module]:
@@ -176,8 +180,33 @@ def _middle(block: Any) -> list[Layer | nn.Module]:
     return layers
 
 
+@dataclass
+class Residual(Layer):
+    """A residual block. As one layer its first convolution is run twice, the first time for the norm after it."""
+
+    block: Any = None
+
+    def halves(self) -> list[Layer | nn.Module]:
+        """As two layers, between which the block's input is kept beside the first convolution's output."""
+        block, passed = self.block, self.block.in_channels
+
+        def first(x: Tensor) -> Tensor:
+            return torch.cat((x, block.conv1(block.nonlinearity(block.norm1(x)))), dim=1)
+
+        def second(pair: Tensor) -> Tensor:
+            x, hidden = pair[:, :passed], block.conv2(block.nonlinearity(block.norm2(pair[:, passed:])))
+            x = x if block.conv_shortcut is None else block.conv_shortcut(x)
+            return (x + hidden) / block.output_scale_factor
+
+        return [
+            Layer(first, [block.norm1], 2, passed + block.out_channels),
+            Layer(second, [block.norm2], 2, block.out_channels, passed=passed),
+        ]
+
+
 def _resnet(resnet: Any) -> Layer:
-    return Layer(lambda x: resnet(x, None), [resnet.norm1, resnet.norm2], 2, resnet.out_channels)
+    norms = [resnet.norm1, resnet.norm2]
+    return Residual(lambda x: resnet(x, None), norms, 2, resnet.out_channels, block=resnet)
 
 
 def _upsampled(upsample: Any, resnet: Any) -> Layer:

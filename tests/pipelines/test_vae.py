@@ -46,15 +46,17 @@ def decoded(vae, latents, **settings):
     return torch.cat([rows for _, rows in parts], dim=2), len(parts)
 
 
-@pytest.mark.parametrize("fuse", [2**33, 0])
-def test_decoding_equals_the_whole(vae, low, monkeypatch, fuse):
-    """A bright corner: a strip's own norms would differ from the picture's. Not square."""
+@pytest.mark.parametrize(("fuse", "store"), [(2**33, None), (2**33, "cpu"), (0, "cpu")])
+def test_decoding_equals_the_whole(vae, low, monkeypatch, fuse, store):
+    """With room for two activations, for one, and for one without the upsampled. A bright corner: a strip's own norms
+    would differ from the picture's. Not square.
+    """
     monkeypatch.setattr(module, "FUSE_BYTES", fuse)
     latents = torch.randn(2, 4, 9, 6)
     latents[:, :, :3, :3] += 5
     with torch.no_grad():
         whole = vae.decode(latents, return_dict=False)[0]
-    out, count = decoded(vae, latents)
+    out, count = decoded(vae, latents, store=store)
     assert count == 18 and gap(out, whole) < 1e-5
     assert all("forward" not in vars(m) for m in vae.modules())
 
@@ -93,7 +95,7 @@ def test_one_activation_is_kept(vae, low, monkeypatch):
 
     monkeypatch.setattr(strips.Rows, "append", append)
     latents = torch.randn(1, 4, 40, 8)
-    decoded(vae, latents)
+    decoded(vae, latents, store="cpu")
     largest = 8 * 160 * 32  # the upsampler's, with the last but one block's channels
     assert largest <= max(most) < 1.2 * largest
     assert module.room_needed(vae, latents) == 4 * largest + module.WORK_BYTES
