@@ -19,7 +19,7 @@ from ..apply import apply, kept
 from ..weights import load
 from . import scale
 from .facts import call_defaults, text_reader
-from .files import save_latents
+from .files import check_picture, save_latents
 from .generate import best_backend
 from .latents import coarse, from_vae, pack, resize, to_vae, unpack
 from .memory import Budget, frugal, parse_memory, room
@@ -112,6 +112,8 @@ def cascade(
     budget = Budget(None if memory is None else parse_memory(memory))
     check_stages(pipe, plan)
     check_scheduler(pipe.scheduler, flow=any(s.shift is not None for s in plan))
+    if out is not None:
+        check_picture(out, plan[-1].shape[1], plan[-1].shape[0])
     arguments = dict(arguments or {})
     if wrong := [name for name in arguments if name in OURS or name not in call_defaults(pipe)]:
         raise ValueError(f"arguments cannot hold {', '.join(wrong)}: not of {type(pipe).__name__}'s call, or set here.")
@@ -129,8 +131,9 @@ def cascade(
         steps = steps_of(pipe, stage, whole=clean is None)
         latents = shelf.get(number, plan)
         if latents is not None:
+            level = 1.0 if clean is None else stage.strength
             clean = latents.to(pipe.device)
-            result.stages.append(StageReport(stage, steps, stage.strength, 0.0, resumed=True))
+            result.stages.append(StageReport(stage, steps, level, 0.0, resumed=True))
             continue
 
         def tell(done: int, total: int, number: int = number) -> None:
@@ -155,7 +158,7 @@ def cascade(
         if out is None:
             result.image = decode(pipe.vae, latents)
         else:
-            save_latents(pipe.vae, latents, out)
+            save_latents(pipe.vae, latents, out, plan[-1].shape)
             result.path = Path(out)
     result.decode_seconds = time.perf_counter() - started
     return result

@@ -21,12 +21,15 @@ LEVEL = 1  # zlib's: the higher ones take several times as long for a few percen
 CHUNK = 2**22  # bytes of pixels that one thread compresses at a time
 
 
-def save_latents(vae: Any, latents: Tensor, path: str | Path) -> None:
-    """Decode latents `[1, C, h, w]` in the VAE's scale straight into a file; a failure leaves no file behind."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1) if "block_out_channels" in vae.config else 8
+def save_latents(vae: Any, latents: Tensor, path: str | Path, shape: tuple[int, int]) -> None:
+    """Decode latents `[1, C, h, w]` in the VAE's scale straight into a file; a failure leaves no file behind.
+
+    Args:
+        shape: of the picture, height and width in pixels.
+    """
     part = Path(path).with_name(f".{Path(path).name}.part")
     try:
-        with picture_writer(path, latents.shape[3] * factor, latents.shape[2] * factor, part) as writer:
+        with picture_writer(path, shape[1], shape[0], part) as writer:
             decode_rows(vae, latents, lambda first, rows: writer.write(to_bytes(rows)))
         part.replace(path)
     finally:
@@ -34,20 +37,27 @@ def save_latents(vae: Any, latents: Tensor, path: str | Path) -> None:
 
 
 def picture_writer(path: str | Path, width: int, height: int, part: Path | None = None) -> Writer:
-    """The writer for the name's ending; it writes to `part` where that is given.
+    """The writer for the name's ending; it writes to `part` where that is given."""
+    return check_picture(path, width, height)(Path(part or path), width, height)
+
+
+def check_picture(path: str | Path, width: int, height: int) -> type[Writer]:
+    """What writes a picture of this size to a file of this name.
 
     Raises:
-        ValueError: an ending that no picture has.
+        ValueError: an ending that no picture has, or a format that holds no such size.
     """
-    suffix, target = Path(path).suffix.lower(), Path(part or path)
+    suffix = Path(path).suffix.lower()
     if suffix in (".tif", ".tiff"):
-        return TiffWriter(target, width, height)
+        if width * height * 3 > 2**32 - 2**20:
+            raise ValueError(f"A TIFF file holds 4 GiB, too little for {width} x {height} pixels; choose .png.")
+        return TiffWriter
     if suffix == ".png":
-        return PngWriter(target, width, height)
+        return PngWriter
     kind = Image.registered_extensions().get(suffix)
     if kind not in Image.SAVE:
         raise ValueError(f"{path} must end as a picture does, such as .png or .tif.")
-    return PillowWriter(target, width, height, kind)
+    return type(f"{kind}Writer", (PillowWriter,), {"kind": kind})
 
 
 class Writer:
@@ -86,8 +96,6 @@ class TiffWriter(Writer):
     """Uncompressed RGB TIFF, one strip a call: up to 4 GiB, 37,800 pixels a side."""
 
     def __init__(self, path: Path, width: int, height: int) -> None:
-        if width * height * 3 > 2**32 - 2**20:
-            raise ValueError(f"A TIFF file holds 4 GiB, too little for {width} x {height} pixels; choose .png.")
         super().__init__(path, width, height)
         self.file.write(struct.pack("<2sHI", b"II", 42, 0))  # where the directory is, is known in the end
 
@@ -172,9 +180,11 @@ def _deflate(lines: np.ndarray) -> bytes:
 class PillowWriter(Writer):
     """Formats that need the whole picture: it is gathered in 8 bits."""
 
-    def __init__(self, path: Path, width: int, height: int, kind: str) -> None:
+    kind: str
+
+    def __init__(self, path: Path, width: int, height: int) -> None:
         super().__init__(path, width, height)
-        self.kind, self.parts = kind, [np.empty((0, width, 3), np.uint8)]
+        self.parts = [np.empty((0, width, 3), np.uint8)]
 
     def add(self, rows: np.ndarray) -> None:
         self.parts.append(rows)

@@ -135,7 +135,7 @@ def room(pipe: Any, need: int) -> Iterator[None]:
         torch.cuda.empty_cache()
         if need > torch.cuda.mem_get_info(device)[0]:
             parts = [c for c in pipe.components.values() if isinstance(c, nn.Module) and c is not pipe.vae]
-            moved = [c for c in parts if not hasattr(c, "_hf_hook") and next(c.parameters()).device == device]
+            moved = [c for c in parts if not hasattr(c, "_hf_hook") and any(p.device == device for p in c.parameters())]
     for part in moved:
         part.to("cpu")
     try:

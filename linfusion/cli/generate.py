@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if staged:
         native = native_size(pipe)
+        assert native is not None
         return draw_stages(pipe, args, [native, *sizes_up_to(native, args.size, size_multiple(pipe))])
 
     def draw(title: str, steps: int | None = args.steps) -> Picture:

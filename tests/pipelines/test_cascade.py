@@ -280,7 +280,7 @@ def test_the_old_picture_guides(flow):
 
     free, skip, low = away(), away(skip=1.0), away(low=1.0)
     assert skip[0] < 0.9 * free[0] and low[1] < 0.9 * free[1]
-    latent = cascade(pipe, None, (16, 32), steps=1, strength=0.2, arguments=arguments)
+    latent = cascade(pipe, None, (16, 32), steps=1, strength=0.2, arguments=arguments, upscale="latent")
     pixel = cascade(pipe, None, (16, 32), steps=1, strength=0.2, arguments=arguments, upscale="pixel")
     assert latent.latents.shape == pixel.latents.shape and not torch.equal(latent.latents, pixel.latents)
 
@@ -303,6 +303,7 @@ def test_refusals(flow):
         ((16,), {"strength": 0}, "strength"), ((16,), {"steps": 0}, "steps"), ((16,), {"skip": 2}, "skip"),
         ((16,), {"upscale": "x"}, "latent, pixel"), ((16,), {"what": 2}, "what"), ((16, 32), {"steps": [1]}, "1 val"),
         (("16",), {}, "number of pixels"), ((16,), {"ntk": 0}, "ntk"),
+        ((16,), {"out": "a.txt"}, "must end as a picture"),
         ((16,), {"arguments": {"sigmas": [1.0], "latents": 1}}, "latents"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=error):

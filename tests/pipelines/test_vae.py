@@ -181,18 +181,18 @@ def test_png_in_many_pieces(tmp_path, monkeypatch):
 
 def test_latents_into_a_file(vae, tmp_path):
     latents = torch.randn(1, 4, 9, 6)
-    save_latents(vae, latents, tmp_path / "a.png")
+    save_latents(vae, latents, tmp_path / "a.png", (36, 24))
     with Image.open(tmp_path / "a.png") as image:
         assert (np.asarray(image) == np.asarray(decode(vae, latents))).all()
     with pytest.raises(ValueError, match="must end as a picture"):
-        save_latents(vae, latents, tmp_path / "a.txt")
+        save_latents(vae, latents, tmp_path / "a.txt", (36, 24))
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_a_failure_leaves_no_file(vae, tmp_path, monkeypatch):
     monkeypatch.setattr("linfusion.pipelines.files.to_bytes", lambda rows: to_bytes(rows)[:, :2])
     with pytest.raises(ValueError, match="rows must be"):
-        save_latents(vae, torch.randn(1, 4, 4, 4), tmp_path / "a.png")
+        save_latents(vae, torch.randn(1, 4, 4, 4), tmp_path / "a.png", (16, 16))
     with pytest.raises(ValueError, match="31 rows, and 1 were"), picture_writer(tmp_path / "b.png", 2, 31) as writer:
         writer.write(np.zeros((1, 2, 3), np.uint8))
     with pytest.raises(ValueError, match=r"4 GiB.*\.png"):
