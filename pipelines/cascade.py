@@ -38,7 +38,7 @@ class StageReport:
     Attributes:
         stage, steps: what it was told, and the steps that were run.
         level: the noise level that it began at.
-        seconds: of the pipeline's call, its text encoders included.
+        seconds: of upscaling and the pipeline's call, its text encoders included.
         resumed: whether it was found in the folder.
         remarks: what was done to fit into memory.
     """
@@ -125,14 +125,16 @@ def cascade(
     shelf = Shelf(folder, run | {"seed": seed, "image": digest(image), "arguments": digest(arguments)})
     result = Cascade(torch.empty(0))
     clean: Tensor | None = None
+    held = plan[0].shape  # what the picture so far can show, in pixels
     if image is not None:
+        held = min(image.height, held[0]), min(image.width, held[1])
         clean = from_vae(pipe.vae, encode(pipe.vae, on_white(image, plan[0].shape)))
     for number, stage in enumerate(plan, 1):
         steps = steps_of(pipe, stage, whole=clean is None)
         latents = shelf.get(number, plan)
         if latents is not None:
             level = 1.0 if clean is None else stage.strength
-            clean = latents.to(pipe.device)
+            clean, held = latents.to(pipe.device), stage.shape
             result.stages.append(StageReport(stage, steps, level, 0.0, resumed=True))
             continue
 
@@ -140,11 +142,11 @@ def cascade(
             if on_step is not None:
                 on_step(number, done, total)
 
-        run_stage = functools.partial(_run, pipe, prompt, stage, steps, clean, seed + number - 1, arguments, tell)
+        run_stage = functools.partial(_run, pipe, prompt, stage, steps, clean, held, seed + number - 1, arguments, tell)
         kept_there = "" if folder is None else f"Finished stages are in {folder}."
         with _stage_settings(pipe, stage, plan[0]):
             (clean, report), remarks = frugal(pipe, budget, math.prod(stage.shape), run_stage, kept_there)
-        report = replace(report, remarks=tuple(remarks))
+        report, held = replace(report, remarks=tuple(remarks)), stage.shape
         result.stages.append(report)
         if folder is not None or on_stage is not None:
             small = preview(pipe, clean)
@@ -173,12 +175,12 @@ def preview(pipe: Any, latents: Tensor) -> Image.Image:
 
 
 def _run(
-    pipe: Any, prompt: str | None, stage: Stage, steps: int, clean: Tensor | None, seed: int, arguments: dict[str, Any],
-    on_step: Callable[[int, int], None],
+    pipe: Any, prompt: str | None, stage: Stage, steps: int, clean: Tensor | None, held: tuple[int, int], seed: int,
+    arguments: dict[str, Any], on_step: Callable[[int, int], None],
 ) -> tuple[Tensor, StageReport]:  # fmt: skip
-    """One stage: clean latents `[1, C, h, w]` of the size before, or none, to clean latents of its size."""
-    size, factor = stage.shape, pipe.vae_scale_factor
-    before = None if clean is None else (clean.shape[2], clean.shape[3])
+    """One stage: clean latents `[1, C, h, w]` that show `held` pixels, or none, to clean latents of its size."""
+    size, factor, started = stage.shape, pipe.vae_scale_factor, time.perf_counter()
+    before = max(1, held[0] // factor), max(1, held[1] // factor)
     if clean is not None:
         clean = _upscale(pipe, clean, stage, (size[0] // factor, size[1] // factor))
     kept_back: dict[str, Tensor] = {}
@@ -194,14 +196,12 @@ def _run(
         fade = (1 + math.cos(math.pi * done / steering.total)) / 2
         moved = latents + stage.skip * fade**3 * gap
         if stage.low:
-            assert before is not None
             rough = pack(pipe, coarse(unpack(pipe, gap, size), before), gap)
             moved = moved + stage.low * fade * (1 - stage.skip * fade**3) * rough
         return moved
 
     changes = clean is not None and (stage.skip > 0 or stage.low > 0)
     own = call_arguments(pipe, stage, steps, seed) | arguments
-    started = time.perf_counter()
     with best_backend(pipe), steered(
         pipe, steps, 1.0 if clean is None else stage.strength, shift=stage.shift,
         start=None if clean is None else start, change=change if changes else None, on_step=on_step,

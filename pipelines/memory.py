@@ -92,7 +92,7 @@ def frugal(pipe: Any, budget: Budget, pixels: int, run: Callable[[], Any], kept:
             remark = [f"{device.type}: memory is not measured there; {', '.join(said)}."] if said else []
             return run(), remark
     remarks: list[str] = []
-    count, failed = budget.begin(pixels), False
+    count = budget.begin(pixels)
     with _held_to(device, budget.limit):
         while True:
             torch.cuda.empty_cache()
@@ -102,7 +102,6 @@ def frugal(pipe: Any, budget: Budget, pixels: int, run: Callable[[], Any], kept:
                 with savings(pipe, count) as said:
                     result = run()
             except torch.OutOfMemoryError as error:
-                failed = True
                 reason = str(error).split(". ")[0]
             else:
                 if said:
@@ -110,7 +109,7 @@ def frugal(pipe: Any, budget: Budget, pixels: int, run: Callable[[], Any], kept:
                 budget.peak, budget.weights = torch.cuda.max_memory_allocated(device), weights
                 budget.pixels, budget.savings = pixels, count
                 return result, remarks
-            if failed and count == len(SAVINGS):
+            if count == len(SAVINGS):
                 raise MemoryError(f"All savings are not enough: {reason}. Give more memory or a smaller size. {kept}")
             remarks.append(f"Ran out of memory with {count} savings ({reason}); {SAVINGS[count]} is the next.")
             count += 1
