@@ -285,4 +285,7 @@ def _held_to(device: torch.device, limit: int | None) -> Iterator[None]:
 
 def _device(pipe: Any) -> torch.device:
     """Where the pipeline computes, offloaded or not."""
-    return torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
+    device = torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())  # the allocator's functions ask for the number
+    return device

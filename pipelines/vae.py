@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .strips import Layer, Moments, Norms, Rows, Strips, whole_picture_norms
+from .upsample import doubled
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def _decoder_layers(vae: Any, latents: Tensor, dtype: torch.dtype) -> list[Layer
             if pixels * channels * torch.finfo(dtype).bits // 8 > FUSE_BYTES:
                 upsample = upsampler
             else:
-                layers.append(Layer(upsampler, [], 2, channels, up=2))
+                layers.append(Layer(doubled(upsampler), [], 2, channels, up=2))
     layers.append(_last(decoder))
     return layers
 
@@ -210,8 +211,8 @@ def _resnet(resnet: Any) -> Layer:
 
 
 def _upsampled(upsample: Any, resnet: Any) -> Layer:
-    norms = [resnet.norm1, resnet.norm2]
-    return Layer(lambda x: resnet(upsample(x), None), norms, 2, resnet.out_channels, up=2)
+    norms, double = [resnet.norm1, resnet.norm2], doubled(upsample)
+    return Layer(lambda x: resnet(double(x), None), norms, 2, resnet.out_channels, up=2)
 
 
 def _last(part: Any, after: nn.Module | None = None) -> Layer:

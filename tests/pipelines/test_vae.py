@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.upsampling import Upsample2D
 from PIL import Image
 
 from linfusion.pipelines import strips
 from linfusion.pipelines import vae as module
 from linfusion.pipelines.files import picture_writer, save_latents
+from linfusion.pipelines.upsample import doubled
 from linfusion.pipelines.vae import decode, decode_rows, encode, supported, to_bytes
 
 from ..models import gap
@@ -113,6 +115,20 @@ def test_half_precision(vae, low):
     out, _ = decoded(half, latents)
     assert out.dtype == torch.bfloat16
     assert (out.double() - exact).abs().max() <= 2 * (whole.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_doubling(layout):
+    torch.manual_seed(0)
+    layer = Upsample2D(3, use_conv=True, out_channels=5)
+    x = torch.randn(2, 3, 4, 7).contiguous(memory_format=layout)
+    fast = doubled(layer)
+    with torch.no_grad():
+        assert fast is not layer and gap(fast(x), layer(x)) < 1e-6
+    layer.register_forward_hook(lambda *a: None)
+    assert doubled(layer) is layer
+    other = Upsample2D(3, use_conv=True, kernel_size=5, padding=2)
+    assert doubled(other) is other
 
 
 def test_encoding_equals_the_whole(vae, low):
