@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 def doubled(upsampler: Any) -> Callable[[Tensor], Tensor]:
     """What diffusers' `Upsample2D` does to `[B, C, h, w]`; the module itself where it is of another kind or hooked."""
-    conv = getattr(upsampler, "conv", None)
+    conv: Any = getattr(upsampler, "conv", None)
     plain = (
         type(conv) is nn.Conv2d
-        and all(getattr(conv, n) == (k, k) for n, k in (("kernel_size", 3), ("stride", 1), ("padding", 1), ("dilation", 1)))
-        and (conv.groups, conv.padding_mode) == (1, "zeros")
+        and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
         and (upsampler.use_conv, upsampler.interpolate, upsampler.use_conv_transpose) == (True, True, False)
         and upsampler.norm is None
         and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in (conv, upsampler))
