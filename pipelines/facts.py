@@ -52,6 +52,15 @@ def made_for(pipe: Any) -> int | None:
     return size if size % size_multiple(pipe) == 0 else None
 
 
+def native_size(pipe: Any) -> int | None:
+    """Height and width in pixels that the model was made for, None where nothing tells."""
+    if (own := made_for(pipe)) is not None:
+        return own
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    size = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
+    return size * getattr(pipe, "vae_scale_factor", 8) if isinstance(size, int) else None
+
+
 @dataclass(frozen=True)
 class Reader:
     """The tokenizer that reads the whole prompt, how many tokens of it count, and whether a T5 reads them."""
