@@ -167,6 +167,30 @@ def test_guidance_prompt_and_dtype_arrive(run, sd):
     assert not (a == b).all() and not (a == c).all() and not (a == d).all()
 
 
+def test_a_picture_is_drawn_again_from_its_file(run, flux):
+    """--from: pixel for pixel, whatever was asked; what is given besides comes first."""
+    asked = ["--mechanism", "clear", "--radius", 2, "--seed", 5, "--guidance", 2.5]
+    run(*draw(flux, *asked, "--out", "a.png"))
+    run(*draw(flux, "--out", "plain.png"))
+    again = ["generate", "--model", flux, "--from", "a.png", "--device", "cpu"]
+    for name, more in (("b", []), ("c", ["--seed", 6]), ("d", ["--mechanism", "softmax"])):
+        code, _, err = run(*again, *more, "--out", f"{name}.png")
+        assert code == 0, err
+    a, b, c, d, plain = (np.asarray(Image.open(f"{n}.png")) for n in ("a", "b", "c", "d", "plain"))
+    assert (a == b).all() and not (a == c).all() and not (a == d).all() and not (a == plain).all()
+
+
+def test_a_picture_chooses_no_model(run, flux):
+    """A file may come from anyone: the model that it names is only loaded where that is asked for here too."""
+    run(*draw(flux, "--out", "a.png"))
+    code, _, err = run("generate", "--from", "a.png", "--out", "b.png")
+    assert code == 2 and f"a.png was drawn with --model {flux.name}; add that if you trust it" in err
+    code, _, err = run("generate", "--from", "missing.png")
+    assert code == 2 and "missing.png" in err
+    code, _, err = run("generate")
+    assert code == 2 and "The prompt is missing" in err
+
+
 def test_adapters(run, tmp_path, flux):
     """--adapter brings mechanism, settings and weights; --untrained leaves the weights out, those of the host too."""
     pipe = FluxPipeline.from_pretrained(flux)

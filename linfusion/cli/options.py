@@ -11,14 +11,15 @@ from typing import Any
 
 from ..mechanisms import MechanismConfig, config_from_dict, mechanisms
 
+DEFAULT_MODEL = "emoji-flux"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --dtype."""
     parser.add_argument(
-        "--model", default="emoji-flux", metavar="NAME",
-        help="an embedded model, a folder or a Hub id; default the embedded %(default)s",
+        "--model", default=DEFAULT_MODEL, metavar="NAME",
+        help=f"an embedded model, a folder or a Hub id; default the embedded {DEFAULT_MODEL}",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, mps; default cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 elsewhere")
