@@ -27,6 +27,7 @@ class EmojiFluxPipeline(FluxPipeline):
     Guidance between 1 and 5 is distilled into the model: one forward pass a step, whatever `guidance_scale`.
     """
 
+    defaults = _DEFAULTS
     guidance_range = (1.0, 5.0)
     size_limits = (256, 1024)  # pixels; what `linfusion generate` draws, 256 being what it was trained at
 
