@@ -88,9 +88,7 @@ def _watched(model: nn.Module, found: dict[str, AttnCall]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def layers(
-    pipe: Any, config: MechanismConfig, args: tuple, kwargs: dict[str, Any]
-) -> tuple[list[Layer], Description]:
+def layers(pipe: Any, config: MechanismConfig, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Layer], Description]:
     """All layers that `config` replaces, as they are called when the denoiser gets these arguments; and `describe`.
 
     Raises:
