@@ -175,7 +175,7 @@ class Runner:
                 job.result = job.work(job)
             except Cancelled:
                 state = "cancelled"
-            except Exception as error:  # whatever it is, the next visitor's job has to run
+            except BaseException as error:  # whatever it is, the next visitor's job has to run
                 state, job.error = "failed", reason(error)
             with self.change:
                 self.running = None
@@ -187,7 +187,7 @@ class Runner:
         job.version += 1
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """One line for the visitor. Only errors that are meant to be read are shown; others go to the log in full."""
     if isinstance(error, (ValueError, NotImplementedError)):
         return " ".join(str(error).split()) or type(error).__name__

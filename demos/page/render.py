@@ -197,8 +197,8 @@ def key(label: str) -> str:
 
 def svg(width: int, height: int, parts: Sequence[str], title: str) -> str:
     return (
-        f'<svg class="lf-chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
-        f"{''.join(parts)}</svg>"
+        f'<div class="lf-scroll"><svg class="lf-chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg></div>"
     )
 
 
