@@ -60,8 +60,12 @@ CHOICES = {
         "SLA", "Each block of patches attends to the blocks that matter most to it, and to all text.", (TOPK, BLOCK),
         lambda topk, block: lf.SLA(topk, block_q=block, block_k=block),
     ),
-    "agent-sd": Choice("AgentSD", "Alike patches are merged; early steps go through a few agents.", (MERGE,), lf.AgentSD),
-    "linfusion": Choice("LinFusion", "Linear attention over everything. Not trained here: pictures fall apart.", (), lf.LinFusion),
+    "agent-sd": Choice(
+        "AgentSD", "Patches that are alike are merged; early steps go through a few agents.", (MERGE,), lf.AgentSD,
+    ),
+    "linfusion": Choice(
+        "LinFusion", "Linear attention over everything. Not trained here: pictures fall apart.", (), lf.LinFusion,
+    ),
     "lit": Choice(
         "LiT", "Linear attention and a convolution. Not trained here: pictures fall apart.", (), lf.LiT,
     ),

@@ -1,4 +1,4 @@
-"""What the server answers at all: the addresses that the page uses, and files of its own folder; everything else is 404.
+"""What the server answers: the addresses that the page uses, and files of its own folder; everything else is 404.
 
 gradio's server can do much more (run any event by name, fetch addresses, edit code in development). A list of what is
 allowed needs no knowledge of what that is.

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import render
+from . import charts, render
 from .forms import NAMES, Desk, Form, picker, settings_of
 from .studio import Looked
 
@@ -99,7 +99,7 @@ def inside(desk: Desk, form: Form) -> None:
         looked = desk.looked.get(str(request.session_hash))
         at = (0.5, 0.5)
         if looked is not None:
-            width, height = render.shown_size(looked.image)
+            width, height = charts.shown_size(looked.image)
             at = tuple(min(max(float(a) / b, 0.0), 0.999) for a, b in zip(event.index, (width, height), strict=True))
         return at, *show(which, one, at, request)
 
@@ -115,7 +115,7 @@ def inside(desk: Desk, form: Form) -> None:
                 update: dict[Any, Any] = {speed_status: render.progress(job, ahead)}
                 rows = job.result if job.state == "done" else job.partial
                 if rows:
-                    update[speed] = render.curves(rows, studio.choices[settings.mechanism["name"]].label)
+                    update[speed] = charts.curves(rows, studio.choices[settings.mechanism["name"]].label)
                 yield update
         except ValueError as error:
             yield {speed_status: render.error(str(error))}
@@ -157,10 +157,10 @@ def shown(looked: Looked, layer: Any, head: Any, at: tuple[float, float]) -> tup
         image, text = one.row(row * columns + column)
         maps.append((image.mean(0), text.mean()) if head == 0 else (image[head - 1], text[head - 1]))
     scale = max(float(m.max()) for m, _ in maps)
-    pictures = [render.heat(looked.image, m.cpu(), (rows, columns), scale, (row, column)) for m, _ in maps]
+    pictures = [charts.heat(looked.image, m.cpu(), (rows, columns), scale, (row, column)) for m, _ in maps]
     names = ("Original", looked.label)
     words = [f"{100 * float(text):.0f} % ({name})" for name, (_, text) in zip(names, maps, strict=True)]
     said = f"Patch {column + 1}, {row + 1} of {columns} x {rows}. From the text it takes {' and '.join(words)}."
     updates = [gr.update(value=picture, label=label) for picture, label in
                zip(pictures, ("Original: click a patch", looked.label), strict=True)]  # fmt: skip
-    return *updates, render.note(said), render.distances(looked, layer)
+    return *updates, render.note(said), charts.distances(looked, layer)

@@ -2,11 +2,13 @@
 
 import re
 import time
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import linfusion as lf
 from linfusion.cli import main
 from linfusion.demos.page import tiles
 from linfusion.pipelines.settings import Settings, read, save
@@ -36,7 +38,8 @@ def open_page(site, browser):
         page.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
         page.goto(f"{site[0]}/?{query}")
         page.wait_for_selector("#draw")
-        page.wait_for_function("document.querySelector('#steps input[type=number]').value != ''")
+        steps = parse_qs(query).get("steps", ["28"])[0]
+        page.wait_for_function("n => document.querySelector('#steps input[type=number]')?.value === n", arg=steps)
         return page
 
     yield go
@@ -58,7 +61,7 @@ def says(page, where, text):
 def filled(page, where, value):
     """Wait until the field holds it."""
     page.wait_for_function(
-        "([where, value]) => document.querySelector(where).value === value",
+        "([where, value]) => document.querySelector(where)?.value === value",
         arg=[f"{where} textarea, {where} input", value],
     )
 
@@ -102,7 +105,8 @@ def test_compare(open_page):
         text = rows.nth(row).inner_text()
         assert label in text and re.search(r"\d+ ms|\d s", text) and ("dB" in text) == (row > 0)
     slider = page.locator("#slider")
-    slider.locator("img").nth(1).wait_for()
+    slider.scroll_into_view_if_needed()
+    page.wait_for_function("() => [...document.querySelectorAll('#slider img')].filter(i => i.naturalWidth).length > 1")
     before = slider.locator("[style*=clip-path]").first.get_attribute("style")
     box = slider.bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -132,7 +136,8 @@ def test_a_large_picture_is_shown_in_tiles(open_page, site):
         "html => { const d = document.createElement('div'); d.innerHTML = html; document.body.prepend(d); }", html
     )
     viewer = page.locator("lf-viewer")
-    loaded = "() => { const i = [...document.querySelectorAll('lf-viewer img')]; return i.length && i.every(x => x.complete && x.naturalWidth); }"
+    images = "[...document.querySelectorAll('lf-viewer img')]"
+    loaded = f"() => {images}.length && {images}.every(i => i.complete && i.naturalWidth)"
     page.wait_for_function(loaded)
     assert viewer.get_attribute("aria-label").startswith('a "large" one, 8192 by 8192 pixels')
     viewer.focus()
@@ -144,18 +149,19 @@ def test_a_large_picture_is_shown_in_tiles(open_page, site):
     start = time.perf_counter()
     page.evaluate("() => new Promise(done => requestAnimationFrame(done))")
     assert time.perf_counter() - start < 2
-    deepest = page.evaluate("[...document.querySelectorAll('lf-viewer img')].map(i => i.src).sort().at(-1)")
+    deepest = page.evaluate(f"{images}.map(i => i.src).sort().at(-1)")
     assert re.search(r"/[1-4]-\d+-\d+\.jpg$", deepest)
 
 
 def test_cancel(open_page, site):
-    page = open_page("steps=60&size=512")
+    page = open_page("steps=60&size=384")
     slow(page)
     job = site[1].runner.running
     page.click("#cancel")
     says(page, "#status", r"Cancelled\.")
     assert job.state == "cancelled" and job.done < 60
     page.wait_for_selector("#draw")
+    assert lf.describe(site[1].studio.pipe).replaced == 0, "the model is as it was"
 
 
 def test_look_inside(open_page):
@@ -171,9 +177,9 @@ def test_look_inside(open_page):
     sides[0].click(position={"x": box["width"] * 3.5 / 16, "y": box["height"] * 1.5 / 16})
     says(page, "#reads", r"Patch 4, 2 of 16 x 16")
     assert all(side.get_attribute("src") != old for side, old in zip(sides, before, strict=True))
-    page.click("#head")
+    page.click("#head input")
     page.get_by_role("option", name="Head 2").click()
-    page.click("#layer")
+    page.click("#layer input")
     page.get_by_role("option", name=re.compile("^3:")).click()
     page.wait_for_function("document.querySelector('#head input').value === 'Mean of all heads'")
     page.get_by_role("button", name="Which layers were replaced").click()
@@ -234,7 +240,7 @@ def test_settings_of_a_picture(open_page, tmp_path):
 
 def test_two_visitors(open_page):
     """The second waits, sees how long, and gets its turn."""
-    first, second = open_page("steps=60&size=512"), open_page("steps=1&prompt=rocket")
+    first, second = open_page("steps=60&size=384"), open_page("steps=1&prompt=rocket")
     slow(first)
     second.click("#draw")
     says(second, "#status", "Waiting")
@@ -247,7 +253,7 @@ def test_two_visitors(open_page):
 
 def test_reload_while_running(open_page, site):
     """Whoever leaves makes room: the job ends, and the page that comes back works, with the same settings."""
-    page = open_page("steps=60&size=512&prompt=rocket")
+    page = open_page("steps=60&size=384&prompt=rocket")
     slow(page)
     job = site[1].runner.running
     page.reload()
@@ -258,6 +264,7 @@ def test_reload_while_running(open_page, site):
     page.press("#steps input[type=number]", "Tab")
     page.click("#draw")
     says(page, "#status", "Done in")
+    assert "steps=1&" in page.url
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -270,7 +277,8 @@ def test_a_phone_in_either_light(open_page, scheme):
         page.get_by_role("tab", name=tab).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     colours = page.evaluate(
-        "[getComputedStyle(document.querySelector('#figures dd')).color, getComputedStyle(document.body).backgroundColor]"
+        "[[document.querySelector('#figures dd'), 'color'], [document.body, 'backgroundColor']]"
+        ".map(([element, name]) => getComputedStyle(element)[name])"
     )
     text, ground = (np.mean([int(n) for n in re.findall(r"\d+", c)[:3]]) for c in colours)
     assert abs(text - ground) > 120 and (ground < 128) == (scheme == "dark")

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -37,8 +38,9 @@ def test_only_its_own_files_are_read(get, folder, tmp_path):
     assert get(f"/gradio_api/file={folder}/mine.txt").text == "mine"
     up = "/".join([".."] * 12)
     for name in (
-        "/etc/passwd", "//etc/passwd", f"{folder}/{up}/etc/passwd", f"{folder}/%2e%2e/%2e%2e/secret.txt", "%2fetc%2fpasswd",
-        f"{folder}/..%2f..%2f..%2f..%2f..%2f..%2fetc%2fpasswd", tmp_path / "secret.txt", f"{folder}/link.txt",
+        "/etc/passwd", "//etc/passwd", f"{folder}/{up}/etc/passwd", f"{folder}/%2e%2e/%2e%2e/secret.txt",
+        "%2fetc%2fpasswd", f"{folder}/..%2f..%2f..%2f..%2f..%2f..%2fetc%2fpasswd", tmp_path / "secret.txt",
+        f"{folder}/link.txt",
         "README.md", "pyproject.toml", studio_module.__file__, folder, "a%00b", "x" * 5000, "~/.bashrc",
         "http://127.0.0.1:1/", "file:///etc/passwd", "\\\\host\\share",
     ):  # fmt: skip
@@ -50,8 +52,9 @@ def test_only_its_own_files_are_read(get, folder, tmp_path):
 @pytest.mark.parametrize(
     "path",
     ["/gradio_api/proxy=http://127.0.0.1:1/", "/static/../../../../etc/passwd", "/assets/%2e%2e/%2e%2e/%2e%2e/app.py",
-     "/gradio_api/info", "/openapi.json", "/docs", "/monitoring", "/dev/reload", "/gradio_api/vibe-edit/", "/file=/etc/passwd",
-     "/gradio_api/run/predict", "/gradio_api/call/run", "/gradio_api/component_server", "/custom_component/1/client/a/b"],
+     "/gradio_api/info", "/openapi.json", "/docs", "/monitoring", "/dev/reload", "/gradio_api/vibe-edit/",
+     "/file=/etc/passwd", "/gradio_api/run/predict", "/gradio_api/call/run", "/gradio_api/component_server",
+     "/custom_component/1/client/a/b"],
 )  # fmt: skip
 def test_nothing_else_answers(get, path):
     for method in ("GET", "POST", "PUT", "DELETE"):
@@ -83,7 +86,8 @@ def ask(site, visitor, *arguments, **changed):
     [
         ({"size": 99999}, "99999"), ({"size": -256}, "-256"), ({"size": 300}, "300"), ({"size": "256"}, "256"),
         ({"steps": 10**9}, "1000000000"), ({"steps": 0}, "0"), ({"steps": "many"}, ""),
-        ({"seed": "abc"}, "seed must be a whole number"), ({"seed": "9" * 30}, "seed must be between"), ({"seed": None}, ""),
+        ({"seed": "abc"}, "seed must be a whole number"), ({"seed": "9" * 30}, "seed must be between"),
+        ({"seed": None}, ""),
         ({"prompt": " "}, "prompt is empty"), ({"prompt": "x" * 10**5}, "1000"),
         ({"guidance": 1e9}, ""), ({"attention": "magic"}, "magic"), ({"attention": "agent-sd"}, "agent-sd"),
         ({"attention": "clear", "radius": 1e12}, ""), ({"attention": "sla", "block": 7}, ""),
@@ -199,3 +203,13 @@ def test_old_files_go(tmp_path):
     until(lambda: not old.exists())
     over.set()
     thread.join()
+
+
+def test_the_space_installs_what_the_package_does():
+    """Spaces read requirements.txt before there is a package to install."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    root = Path(__file__).parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["demo"]
+    listed = (root / "requirements.txt").read_text().splitlines()
+    assert [line for line in listed if not line.startswith("#")] == wanted
