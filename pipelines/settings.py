@@ -41,6 +41,11 @@ class Settings:
     dtype: str = "float32"
 
 
+def public_name(model: str) -> str:
+    """A model's name for a file that may be passed on: of a folder only the last part."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
 def save(image: Image.Image, path: str | Path, settings: Settings) -> None:
     """Write `image` to `path`; into a PNG with the settings, since other formats have no place for them."""
     if Path(path).suffix.lower() != ".png":

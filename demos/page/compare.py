@@ -10,7 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from . import render
-from .forms import NAMES, Desk, Form, picker, settings_of
+from .forms import NAMES, QUIET, Desk, Form, Picker, picker, settings_of, share
 from .tiles import viewer
 
 SLOTS = ("clear", "sla", "")
@@ -18,8 +18,8 @@ SHOWN = 1024
 """Pixels a side of what the slider gets at most; the viewer shows every pixel."""
 
 
-def compare(desk: Desk, form: Form) -> None:
-    """Build the tab that is open."""
+def compare(desk: Desk, form: Form) -> list[Picker]:
+    """Build the tab that is open; gives its mechanisms."""
     pickers = []
     with gr.Row():
         for i, name in enumerate(SLOTS):
@@ -101,11 +101,12 @@ def compare(desk: Desk, form: Form) -> None:
             return viewer(image, desk.studio.folder, str(label))
 
     inputs = [*form.inputs, *(i for p in pickers for i in p.inputs)]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    start.click(run, inputs, outputs, **quiet)
-    which.input(turn, which, slider, **quiet)
-    side.input(look, side, tiles, **quiet)
-    cancel.click(desk.stop, None, None, **quiet)
+    start.click(run, inputs, outputs, **QUIET)
+    start.click(None, form.inputs, None, js=share(NAMES), api_visibility="private")
+    which.input(turn, which, slider, **QUIET)
+    side.input(look, side, tiles, **QUIET)
+    cancel.click(desk.stop, None, None, **QUIET)
+    return pickers
 
 
 def small(file: Path) -> str:

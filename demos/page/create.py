@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
 from . import render
-from .forms import NAMES, Desk, Form, Picker, picker, settings_of
+from .forms import NAMES, QUIET, Desk, Form, Picker, picker, settings_of, share
 from .tiles import viewer
 
 LARGE = 1024
 """Pixels a side up to which the browser gets a picture as it is; beyond it, tiles."""
 
 
-@dataclass
-class Create:
-    """The tab's components that others set: its mechanism, and where remarks go."""
-
-    picker: Picker
-    status: gr.HTML
-
-
-def create(desk: Desk, form: Form) -> Create:
-    """Build the tab that is open."""
+def create(desk: Desk, form: Form) -> tuple[Picker, gr.HTML]:
+    """Build the tab that is open; gives its mechanism, and where remarks go."""
     chosen = picker(desk.studio, "clear", label="Attention")
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", elem_id="draw")
@@ -69,15 +61,12 @@ def create(desk: Desk, form: Form) -> Create:
             figures: render.figures(drawn), download: gr.update(value=str(drawn.file), visible=True),
         }  # fmt: skip
         if remarks:
-            shown[status] = render.note(" ".join(remarks))
+            shown[status] = render.note(" ".join([f"Done in {render.duration(drawn.seconds)}.", *remarks]))
         return shown
 
-    share = [*NAMES, "attention", *chosen.sliders]
     inputs = [*form.inputs, *chosen.inputs]
-    gr.on([draw.click, form.prompt.submit], run, inputs, outputs, show_progress="hidden",
-                    api_visibility="private", concurrency_limit=None)  # fmt: skip
-    gr.on([draw.click, form.prompt.submit], None, inputs, None, api_visibility="private",
-          js=f"(...values) => window.linfusion.share({share!r}, values)")  # fmt: skip
-    cancel.click(desk.stop, None, None, api_visibility="private",
-                 concurrency_limit=None)  # fmt: skip
-    return Create(chosen, status)
+    started = [draw.click, form.prompt.submit]
+    gr.on(started, run, inputs, outputs, **QUIET)
+    gr.on(started, None, inputs, None, js=share([*NAMES, "attention", *chosen.sliders]), api_visibility="private")
+    cancel.click(desk.stop, None, None, **QUIET)
+    return chosen, status

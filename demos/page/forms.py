@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
 
-from linfusion.pipelines.settings import Settings
+from linfusion.pipelines.settings import Settings, public_name
 
 from .choices import CONTROLS, ORIGINAL, mechanism
 from .jobs import Job, Runner
 from .studio import MAX_PROMPT, MAX_STEPS, Studio
 
+NAMES = ("prompt", "size", "steps", "seed", "guidance")
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+"""How all events here are: they show their own progress, are for this page alone, and wait in our own queue."""
 EXAMPLES = ["red apple", "rocket", "cat with tears of joy", "man cook dark skin tone", "hot beverage", "sunflower"]
 
 
@@ -89,7 +92,7 @@ def settings_of(studio: Studio, prompt: Any, size: Any, steps: Any, seed: Any, g
     if not text.isascii() or not text.isdigit():
         raise ValueError(f"The seed must be a whole number that is not negative, got {text[:40]!r}.")
     settings = Settings(
-        prompt, model=studio.model, size=size, steps=steps, seed=int(text[:40]),
+        prompt, model=public_name(studio.model), size=size, steps=steps, seed=int(text[:40]),
         guidance=None if studio.guidance is None else guidance, dtype=str(studio.pipe.dtype).removeprefix("torch."),
     )  # fmt: skip
     studio.check(settings)
@@ -107,11 +110,13 @@ class Form:
     guidance: gr.Slider
 
     @property
+    def named(self) -> dict[str, Any]:
+        """By the names in an address and in `Settings`."""
+        return {name: getattr(self, name) for name in NAMES}
+
+    @property
     def inputs(self) -> list[Any]:
-        return [self.prompt, self.size, self.steps, self.seed, self.guidance]
-
-
-NAMES = ("prompt", "size", "steps", "seed", "guidance")
+        return list(self.named.values())
 
 
 def form(studio: Studio) -> Form:
@@ -146,6 +151,13 @@ class Picker:
 
     name: Any
     sliders: dict[str, gr.Slider]
+    original: bool
+    none: bool
+
+    def offers(self, studio: Studio) -> list[tuple[str, str]]:
+        """The choices that the studio's model has."""
+        known = [(c.label, n) for n, c in studio.choices.items() if self.original or n != ORIGINAL]
+        return [("None", ""), *known] if self.none else known
 
     @property
     def inputs(self) -> list[Any]:
@@ -165,17 +177,16 @@ def picker(
     studio: Studio, value: str, *, label: str, original: bool = True, none: bool = False, key: str = ""
 ) -> Picker:
     """Build it. `original` offers the model's own attention, `none` nothing at all; `key` makes element ids."""
-    offered = {n: c for n, c in studio.choices.items() if original or n != ORIGINAL}
-    if value not in offered and not (none and value == ""):
-        value = next(iter(offered))
-    choices: list[tuple[str, str]] = [(c.label, n) for n, c in offered.items()]
-    kind: Any = gr.Radio
-    if none:
-        choices, kind = [("None", ""), *choices], gr.Dropdown
-    name = kind(choices, value=value, label=label, elem_id=f"{key}attention")
+    made = Picker(None, {}, original, none)
+    choices = made.offers(studio)
+    if value not in [name for _, name in choices]:
+        value = choices[0][1]
+    name = made.name = (gr.Dropdown if none else gr.Radio)(
+        choices, value=value, label=label, elem_id=f"{key}attention"
+    )  # fmt: skip
     about = gr.HTML(_about(studio, value))
-    mine = {c.name for c in offered[value].controls} if value else set()
-    sliders = {
+    mine = {c.name for c in studio.choices[value].controls} if value else set()
+    sliders = made.sliders = {
         c.name: gr.Slider(
             c.low, c.high, value=c.value, step=c.step, precision=0 if isinstance(c.step, int) else None, label=c.label,
             info=c.info, visible=c.name in mine, elem_id=f"{key}{c.name}",
@@ -188,12 +199,17 @@ def picker(
         return [_about(studio, chosen), *(gr.update(visible=n in used) for n in sliders)]
 
     name.change(show, name, [about, *sliders.values()], show_progress="hidden", api_visibility="private")
-    return Picker(name, sliders)
+    return made
 
 
 def _about(studio: Studio, name: str) -> str:
     text = studio.choices[name].about if name in studio.choices else ""
     return f'<div class="lf-about">{text}</div>'
+
+
+def share(names: Sequence[str]) -> str:
+    """JavaScript that writes an event's inputs into the address, under these names."""
+    return f"(...values) => window.linfusion.share({list(names)!r}, values)"
 
 
 def query(values: Mapping[str, str], studio: Studio) -> dict[str, Any]:

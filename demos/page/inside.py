@@ -9,15 +9,15 @@ from typing import Any
 import gradio as gr
 
 from . import charts, render
-from .forms import NAMES, Desk, Form, picker, settings_of
+from .forms import NAMES, QUIET, Desk, Form, Picker, picker, settings_of, share
 from .studio import Looked
 
 MOMENTS = {"Early (noise)": 0.1, "Middle": 0.5, "Late (details)": 0.9}
 MEAN = "Mean of all heads"
 
 
-def inside(desk: Desk, form: Form) -> None:
-    """Build the tab that is open."""
+def inside(desk: Desk, form: Form) -> tuple[Picker, gr.CheckboxGroup]:
+    """Build the tab that is open; gives its mechanism and the sizes to measure."""
     chosen = picker(desk.studio, "clear", label="Next to the original", original=False, key="inside-")
     moment = gr.Radio(list(MOMENTS), value="Middle", label="When in the drawing", elem_id="moment")
     with gr.Row():
@@ -122,19 +122,20 @@ def inside(desk: Desk, form: Form) -> None:
         yield {measure: gr.update(visible=True), stop: gr.update(visible=False)}
 
     inputs = [*form.inputs, *chosen.inputs]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     start.click(
         run, [*inputs, moment], [status, results, layer, head, table, place, *sides, reads, chart, start, cancel],
-        **quiet,
+        **QUIET,
     )  # fmt: skip
+    start.click(None, form.inputs, None, js=share(NAMES), api_visibility="private")
     view = [*sides, reads, chart]
-    layer.input(other, [layer, place], [head, *view], **quiet)
-    head.input(show, [layer, head, place], view, **quiet)
+    layer.input(other, [layer, place], [head, *view], **QUIET)
+    head.input(show, [layer, head, place], view, **QUIET)
     for side in sides:
-        side.select(click, [layer, head], [place, *view], **quiet)
-    measure.click(measured, [*inputs, sizes], [speed_status, speed, measure, stop], **quiet)
+        side.select(click, [layer, head], [place, *view], **QUIET)
+    measure.click(measured, [*inputs, sizes], [speed_status, speed, measure, stop], **QUIET)
     for button in (cancel, stop):
-        button.click(desk.stop, None, None, **quiet)
+        button.click(desk.stop, None, None, **QUIET)
+    return chosen, sizes
 
 
 def heads(looked: Looked, layer: int) -> list[tuple[str, int]]:

@@ -57,8 +57,9 @@ class Job:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace so far; None before there is one."""
-        return self.seconds / self.done * (self.total - self.done) if self.done and self.total else None
+        """At the pace so far; None before there is one, and once all steps are done."""
+        left = self.total - self.done
+        return self.seconds / self.done * left if self.done and left > 0 else None
 
     def check(self) -> None:
         """Raise `Cancelled` if somebody asked for it."""

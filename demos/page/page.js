@@ -126,10 +126,8 @@
   window.linfusion = {
     // keep the settings in the address, so that it can be passed on
     share(names, values) {
-      const query = new URLSearchParams();
+      const query = new URLSearchParams(location.search);
       names.forEach((name, i) => { if (values[i] !== null && values[i] !== undefined && values[i] !== "") query.set(name, values[i]); });
-      const theme = new URLSearchParams(location.search).get("__theme");
-      if (theme) query.set("__theme", theme);
       history.replaceState(null, "", `${location.pathname}?${query}`);
     },
   };

@@ -151,7 +151,8 @@ class Studio:
         preview, shown, start = Preview(self.pipe, settings.size, settings.size), 0.0, time.monotonic()
 
         def on_step(done: int) -> None:
-            job.report(before + done, f"{label}: step {done} of {settings.steps}")
+            doing = f"step {done} of {settings.steps}" if done != settings.steps else "finishing the picture"
+            job.report(before + done, f"{label}: {doing}")
 
         def on_latents(latents: Any) -> None:
             nonlocal shown

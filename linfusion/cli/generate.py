@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import describe, restore
     from ..pipelines.facts import check_pipeline, remarks
     from ..pipelines.generate import generate, psnr, side_by_side
-    from ..pipelines.settings import Settings, save
+    from ..pipelines.settings import Settings, public_name, save
 
     pipe = load_pipeline(args)
     check_pipeline(pipe, args.size, prefix="--")
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
         sheet = side_by_side([("original", original.image), (label, picture.image)])
         quality = psnr(original.image, picture.image)
     settings = Settings(
-        args.prompt, model=_shown(args.model), mechanism=None if config is None else config.to_dict(),
-        adapter=args.adapter and _shown(args.adapter), untrained=args.untrained, fuse_prologue=args.fuse_prologue,
+        args.prompt, model=public_name(args.model), mechanism=None if config is None else config.to_dict(),
+        adapter=args.adapter and public_name(args.adapter), untrained=args.untrained, fuse_prologue=args.fuse_prologue,
         size=picture.image.width, steps=args.steps, guidance=args.guidance, seed=args.seed,
         dtype=str(pipe.dtype).removeprefix("torch."),
     )  # fmt: skip
@@ -144,11 +144,6 @@ def _check(args: argparse.Namespace, changed: bool) -> None:
         raise ValueError(f"--out {args.out} must be an image file, such as out.png.")
     if args.compare and not changed:
         raise ValueError("--compare needs something to compare with: add --mechanism or --adapter.")
-
-
-def _shown(name: str) -> str:
-    """A model's name for a file that may be passed on: of a folder only the last part."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _mechanism(pipe: Any) -> str | None:

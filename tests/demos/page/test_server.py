@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -78,7 +79,13 @@ def ask(site, visitor, *arguments, **changed):
         async with httpx.AsyncClient(timeout=60) as client:
             return await visitor(site[0], client, "stranger").send(*arguments, **changed)
 
-    return asyncio.run(one())
+    return run(one())
+
+
+def run(coroutine):
+    """In a thread of its own: a browser's driver may have a loop running in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +191,7 @@ def test_fifty_at_once(site, visitor, monkeypatch):
             last = await visitor(address, client, "late").send("draw", steps=1)
             return answers, slowest, last
 
-    answers, slowest, last = asyncio.run(crowd())
+    answers, slowest, last = run(crowd())
     done = [a for a in answers if "Done in" in a["all"]]
     busy = [a for a in answers if "are waiting already" in a["all"]]
     assert len(done) + len(busy) == 50 and len(done) >= 40
