@@ -17,7 +17,10 @@ if __name__ == "kernels":
     else:
         __version__ = "0"
 else:
-    from .agent import agent_attention, pool_agents, resize_bias
+    from .agent import agent_attention, bias_factors, resize_bias
+    from .agent_pool import pool_agents
+    from .backend import use_backend
+    from .block_sparse import block_map, block_sparse_attention
     from .depthwise import depthwise_conv
     from .linear import linear_attention
     from .pool import pool_grid
@@ -29,6 +32,9 @@ else:
     __all__ = [
         "RopeTables",
         "agent_attention",
+        "bias_factors",
+        "block_map",
+        "block_sparse_attention",
         "depthwise_conv",
         "linear_attention",
         "pool_agents",
@@ -38,6 +44,7 @@ else:
         "rotate",
         "sparse_linear_attention",
         "sparse_linear_pairs",
+        "use_backend",
         "window_attention",
         "window_pairs",
     ]

@@ -150,6 +150,19 @@ def repeat_kernel(v: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return weight.repeat(copies, 1, 1).unsqueeze(1), None if bias is None else bias.repeat(copies)
 
 
+Bias = Tensor | tuple[Tensor, Tensor]
+"""Dense, or a table `[H or 1, n, r]` and weights `[S, r]`."""
+
+
+def dense_bias(bias: Bias, transposed: bool = False) -> Tensor:
+    """`[H or 1, n, S]`, or `[H or 1, S, n]` if transposed."""
+    if isinstance(bias, Tensor):
+        return bias
+    wide = torch.promote_types(bias[0].dtype, bias[1].dtype)
+    table, weights = (x.to(wide) for x in bias)
+    return weights @ table.mT if transposed else table @ weights.mT
+
+
 def check_agents(
     q: Tensor,
     k: Tensor,
@@ -157,20 +170,32 @@ def check_agents(
     agents: Tensor,
     scale: float | None,
     agent_scale: float | None,
-    key_bias: Tensor | None,
-    query_bias: Tensor | None,
+    key_bias: Bias | None,
+    query_bias: Bias | None,
+    shortcut: float,
 ) -> tuple[float, float]:
     """Both scales of `agent_attention`; ValueError unless its tensors belong together."""
     check_qkv(q, k, v)
     if agents.ndim != 4 or agents.shape[0] != q.shape[0] or agents.shape[2:] != q.shape[2:] or agents.dtype != q.dtype:
         raise ValueError(f"agents must be [B, n, H, D] as q {tuple(q.shape)}, got {tuple(agents.shape)}.")
-    count = agents.shape[1]
-    for name, b, shape in (
-        ("key_bias", key_bias, (count, k.shape[1])),
-        ("query_bias", query_bias, (q.shape[1], count)),
+    if shortcut and k.shape[1] != q.shape[1]:
+        raise ValueError(f"shortcut adds v to the output: {k.shape[1]} values do not fit {q.shape[1]} queries.")
+    count, heads = agents.shape[1], q.shape[2]
+    for name, b, tokens, shape in (
+        ("key_bias", key_bias, k.shape[1], (count, k.shape[1])),
+        ("query_bias", query_bias, q.shape[1], (q.shape[1], count)),
     ):
-        if b is not None and (b.ndim != 3 or b.shape[0] not in (1, q.shape[2]) or tuple(b.shape[1:]) != shape):
-            raise ValueError(f"{name} must be [{q.shape[2]} or 1, {shape[0]}, {shape[1]}], got {tuple(b.shape)}.")
+        if isinstance(b, Tensor):
+            if b.ndim != 3 or b.shape[0] not in (1, heads) or tuple(b.shape[1:]) != shape:
+                raise ValueError(f"{name} must be [{heads} or 1, {shape[0]}, {shape[1]}], got {tuple(b.shape)}.")
+        elif b is not None:
+            table, weights = b
+            fits = table.ndim == 3 and table.shape[0] in (1, heads) and table.shape[1] == count
+            if not fits or weights.shape != (tokens, table.shape[-1]):
+                raise ValueError(
+                    f"The factors of {name} must be [{heads} or 1, {count}, r] and [{tokens}, r], "
+                    f"got {tuple(table.shape)} and {tuple(weights.shape)}."
+                )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return scale, scale if agent_scale is None else float(agent_scale)
 
@@ -269,6 +294,19 @@ def check_projection(weight: Tensor | None, bias: Tensor | None, dim: int) -> No
     for name, x, shape in (("proj_weight", weight, (dim, dim)), ("proj_bias", bias, (dim,))):
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)} as the head dim is {dim}, got {list(x.shape)}.")
+
+
+def check_block_map(block_map: Tensor, q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:
+    """The map as contiguous `[B, H, query blocks, key blocks]`; ValueError unless it fits q and k in such blocks."""
+    check_routing(1, block_q, block_k, "softmax", "all", 0.0)
+    shape = (q.shape[0], q.shape[2], -(-q.shape[1] // block_q), -(-k.shape[1] // block_k))
+    fits = block_map.ndim == 4 and all(n in (m, 1) for n, m in zip(block_map.shape[:2], shape[:2], strict=True))
+    if block_map.dtype != torch.bool or not fits or block_map.shape[2:] != shape[2:]:
+        raise ValueError(
+            f"block_map must be bool [B, H, query blocks, key blocks] = {list(shape)} (or B, H of 1), "
+            f"got {block_map.dtype} {list(block_map.shape)}."
+        )
+    return block_map.expand(shape).contiguous()
 
 
 def block_counts(topk: float, skip: float, blocks: int) -> tuple[int, int]:

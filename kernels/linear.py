@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .backend import why_not_triton
 from .checks import check_linear, split_heads
 from .linear_launch import forward, forward_recipe, forward_with_gradients, linear_attention_op, suits
 from .rotary import RopeTables, alike
@@ -28,8 +29,10 @@ def linear_attention(
     """`out_i = phi(q_i) (mean_j phi(k_j)^T v_j) / (phi(q_i) . mean_j phi(k_j) + eps)`: linear in the length.
 
     Means rather than sums: the numbers stay within fp16's range at any length, and eps means the same at all of them.
-    On a GPU, four passes over `[B, S, H, D]` forward and seven backward, in Triton; gradients of `key_weight`, values
-    of another head dim than the keys' and head dims above 256 are computed by PyTorch.
+    In Triton on a GPU: four passes over `[B, S, H, D]` forward and seven backward, nine above head dim 64. Computed by
+    PyTorch, and said so in the log: head dims above 256 (so `heads` of many channels each), gradients of `key_weight`,
+    values of another head dim than the keys', pairs that are half a head apart where D is no power of two, and `heads`
+    together with what depends on the order of channels ("softmax", `key_weight`, angles of each head, grouped heads).
 
     Args:
         q, k, v: `[B, S, H, D]`, not rotated; k and v may have another length and fewer heads than q.
@@ -71,10 +74,12 @@ def linear_attention(
     differentiable = torch.is_grad_enabled()
     compiling = torch.compiler.is_compiling()
     recipe = (suits if compiling else forward_recipe)(*arguments)
-    lacking = heads not in (None, q.shape[2]) or (
-        differentiable and key_weight is not None and key_weight.requires_grad
-    )
-    if lacking or not recipe:
+    lacking = None
+    if heads not in (None, q.shape[2]):
+        lacking = f"channels of {q.shape[2]} heads cannot be put in {heads} beforehand here"
+    elif differentiable and key_weight is not None and key_weight.requires_grad:
+        lacking = "gradients of key_weight are computed by PyTorch"
+    if not recipe or (lacking and why_not_triton("linear_attention", None, q, k, v, lacking=lacking)):
         # the state is D x D per head: the specification itself is linear in memory, so it serves as the PyTorch path
         return reference.linear_attention(
             q, k, v, rope=rope, heads=heads, key_mask=key_mask, key_weight=key_weight, **settings

@@ -129,13 +129,46 @@ def suits(
     rope = None if cos is None or sin is None else RopeTables(cos, sin, interleaved)
     check_linear(q, k, v, feature_map, normalize, rope, None, None)
     dim = q.shape[-1]
-    if v.shape[-1] != dim or 0 in q.shape or (rope is not None and not interleaved and dim & (dim - 1) != 0):
+    if 0 in q.shape:
         return False
-    return why_not_triton("linear_attention", dim, q, k, v) is None
+    lacking = None
+    if v.shape[-1] != dim:
+        lacking = f"values have head dim {v.shape[-1]}, keys {dim}"
+    elif rope is not None and not interleaved and dim & (dim - 1) != 0:
+        lacking = f"pairs half a head apart need a head dim that is a power of two, not {dim}"
+    return why_not_triton("linear_attention", dim, q, k, v, lacking=lacking) is None
 
 
 def _strides(weight: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if weight is None else (*weight.stride(), 0)
+
+
+@Remembered
+def _records_recipe(
+    k: Tensor, v: Tensor, feature_map: str, budget: float, affine: bool, planes: Tensor | None, weight: Tensor | None
+) -> tuple[Launch, tuple[int, ...]]:
+    strides = _strides(weight) if planes is None else (*planes.stride()[1:], planes.stride(0))
+    return state_pass(
+        k, v, feature_map, budget=budget, affine=affine, planes=3 if planes is not None else int(weight is not None),
+        weight_strides=strides, table_strides=(0, 0, 0), rope="none",
+    )  # fmt: skip
+
+
+def partial_records(
+    k: Tensor, v: Tensor, feature_map: str, *, budget: float, affine: bool = False, planes: Tensor | None = None,
+    weight: Tensor | None = None, count: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Records `[B * H, parts, D + 2, D]` in fp32 of `state_kernel`, to be added up; at most `budget` bytes.
+
+    Args:
+        planes: three weights of each token `[3, B, S, H]` (two unless `affine`), or else
+        weight, count: one `[B, S, H]`, and how many keys the means are over `[B]`.
+    """
+    run, shape = _records_recipe(k, v, feature_map, budget, affine, planes, weight)
+    records = torch.empty(shape, dtype=torch.float32, device=k.device)
+    weights = next((x for x in (planes, weight) if x is not None), k)
+    run(k, v, weights, k if count is None else count, k, k, records)
+    return records
 
 
 class Forward(NamedTuple):
@@ -196,6 +229,12 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     recipe.output(q, records, cos, sin, out)
     return out, records
+
+
+def forward_to_keep(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """As `forward`, with one record for a head: less to keep, and a shape that does not depend on the device."""
+    out, records = forward(*arguments)
+    return out, records if records.shape[1] == 1 else records.sum(1, keepdim=True)
 
 
 class Backward(NamedTuple):
@@ -267,8 +306,6 @@ def backward(
         weight = count = q
     if cos is None or sin is None:
         cos = sin = q
-    if records.shape[1] > 1:
-        records = records.sum(1, keepdim=True)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     partial = torch.empty(recipe.records, dtype=torch.float32, device=q.device)
@@ -293,9 +330,7 @@ def linear_attention_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     cos, sin = alike(cos, sin)
     recipe = _known_to_suit(q, k, v, weight, count, cos, sin, interleaved, feature_map, normalize, eps, scale)
-    out, records = forward(q, k, v, weight, count, cos, sin, recipe)
-    # one record for a head, so that shapes do not depend on the device
-    return out, records if records.shape[1] == 1 else records.sum(1, keepdim=True)
+    return forward_to_keep(q, k, v, weight, count, cos, sin, recipe)
 
 
 @linear_attention_op.register_fake
@@ -341,4 +376,4 @@ def _backward(run: Callable[..., tuple], ctx: Any, grad: Tensor | None, _: Any) 
 
 
 linear_attention_op.register_autograd(functools.partial(_backward, linear_attention_backward_op), setup_context=_setup)
-forward_with_gradients = differentiable(forward, _setup, functools.partial(_backward, backward))
+forward_with_gradients = differentiable(forward_to_keep, _setup, functools.partial(_backward, backward))

@@ -232,7 +232,8 @@ def state_kernel(
             phi = phi * w[:, None]
         if PLANES == 3:
             once = tl.load(place + wp, mask=rows < left, other=0.0)
-            w = tl.load(place + 2 * wp, mask=rows < left, other=0.0)
+            if AFFINE:
+                w = tl.load(place + 2 * wp, mask=rows < left, other=0.0)
         if AFFINE:
             vsum += tl.sum(v.to(tl.float32) * w[:, None], 0)
         cos, sin = _angles(COS, SIN, cs, start, tokens, D, BS, BD, ROPE)

@@ -42,9 +42,16 @@ def tokens_left(count: int, *, grid: Sequence[int], cell: int) -> int:
 
 
 def merge(x: Tensor, slots: Tensor, left: int) -> Tensor:
-    """`[B, N, C]` to `[B, left, C]`, each the mean of all that goes to its slot; `slots` is `[B, N]`."""
-    empty = x.new_zeros(x.shape[0], left, x.shape[2])
-    return empty.scatter_reduce(1, _columns(slots, x), x, "mean", include_self=False)
+    """`[B, N, C]` to `[B, left, C]`, each the mean of all that goes to its slot; `slots` is `[B, N]`.
+
+    Summed and counted in fp32: flat regions send hundreds of tokens to one slot, and bf16 has no 257.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sums = x.new_zeros((x.shape[0], left, x.shape[2]), dtype=wide)
+    counts = x.new_zeros((x.shape[0], left), dtype=wide)
+    sums = sums.scatter_add(1, _columns(slots, x), x.to(wide))
+    counts = counts.scatter_add(1, slots, counts.new_ones(()).expand(slots.shape))
+    return (sums / counts[..., None]).to(x.dtype)
 
 
 def unmerge(y: Tensor, slots: Tensor) -> Tensor:
@@ -59,7 +66,8 @@ def _columns(slots: Tensor, x: Tensor) -> Tensor:
 @torch.library.custom_op("linfusion::merge_slots", mutates_args=())
 def _slots_op(x: Tensor, cell: Tensor, seed: Tensor, grid: Sequence[int], left: Sequence[int]) -> Tensor:
     targets, sources = (part.to(x.device) for part in _draw((grid[0], grid[1]), int(cell), int(seed)))
-    unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    # similarities in x's dtype, as published: at 2048 px they are more work than all attention, in fp32 by far
+    unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)
     to = unit[:, targets].transpose(1, 2)
     chunk = max(1, _SCORES // (x.shape[0] * len(targets)))
     best = [(unit[:, part] @ to).max(dim=-1) for part in sources.split(chunk)]

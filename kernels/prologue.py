@@ -43,9 +43,6 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    alone = text is None or text[2] is None or v is None
-    if not alone and (v.stride() != k.stride() or text[2].stride() != text[1].stride()):  # type: ignore[union-attr,index]
-        k, v, text = k.contiguous(), v.contiguous(), (text[0], text[1].contiguous(), text[2].contiguous())  # type: ignore[union-attr,index]
     cos, sin, interleaved = (None, None, True) if rope is None else rope.to(q.device)
     words: tuple[Any, ...] = text or (None, None, None)
     norms: tuple[Any, ...] = weights or (None, None)

@@ -66,8 +66,12 @@ def suits(
     rope = None if cos is None or sin is None else RopeTables(cos, sin, interleaved)
     check_prologue(q, k, v, weights, across_heads, rope, text, text_weights, turn_first)
     used = [x for x in (q, k, v, *text) if x is not None] if text else [q, k]
-    paired = rope is None or interleaved or q.shape[-1] % 2 == 0
-    return paired and why_not_triton("qk_norm_rope", q.shape[-1], *used) is None and all(map(_rows, used))
+    lacking = None
+    if rope is not None and not interleaved and q.shape[-1] % 2:
+        lacking = "pairs half a head apart need an even head dim"
+    elif not all(map(_rows, used)):
+        lacking = "a token's heads do not lie side by side"
+    return why_not_triton("qk_norm_rope", q.shape[-1], *used, lacking=lacking) is None
 
 
 def _forward_launch(
@@ -79,11 +83,12 @@ def _forward_launch(
     batch, image, heads, _ = q.shape
     text = 0 if text_q is None else text_q.shape[1]
     words = (q, k) if text_q is None or text_k is None else (text_q, text_k)
+    values, text_values = (k, k) if v is None or text_v is None else (v, text_v)
     return Launch(
         triton_kernels.prologue_kernel, (text + image, batch, 1),
         (image, text, heads, k.shape[2], text if text_first else 0, 0 if text_first else image,
          turn_first, turn_tokens, 0.0 if eps is None else eps,
-         *(n for x in (q, k, *words) for n in x.stride()[:2]), *_table_strides(cos)),
+         *(n for x in (q, k, values, *words, text_values) for n in x.stride()[:2]), *_table_strides(cos)),
         _settings(q, q_weight, cos, interleaved, eps, across_heads) | {"VALUES": text_v is not None},
     )  # fmt: skip
 
@@ -124,7 +129,7 @@ class Backward(NamedTuple):
 def _backward_launch(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
-    at: int, turn_first: int, turn_tokens: int,
+    at: int, turn_first: int, turn_tokens: int, learn: bool,
 ) -> Backward:  # fmt: skip
     batch, tokens, heads, dim = q.shape
     settings = _settings(q, q_weight, cos, interleaved, eps, across_heads)
@@ -134,30 +139,33 @@ def _backward_launch(
         triton_kernels.prologue_backward_kernel, (parts, batch, 1),
         (tokens, chunk, heads, k.shape[2], at, turn_first, turn_tokens, 0.0 if eps is None else eps,
          *(n for x in (q, k, grad_q, grad_k) for n in x.stride()[:2]), *_table_strides(cos)),
-        settings | {"STAGES": 2},
+        settings | {"LEARN": learn, "STAGES": 2},
     )  # fmt: skip
-    return Backward(run, (batch * parts, 2, heads, dim) if settings["WEIGHT"] else None)
+    return Backward(run, (batch * parts, 2, heads * dim if across_heads else dim) if learn else None)
 
 
 def backward(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
-    at: int, turn_first: int, turn_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and their weights, for the text or the image, which begins at `at` in the joint sequence."""
+    at: int, turn_first: int, turn_tokens: int, learn: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of q, k and, if they are to `learn`, of their weights.
+
+    For the text or the image, which begins at `at` in the joint sequence.
+    """
     cos, sin = alike(cos, sin)
     recipe = _backward_launch(
-        grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, interleaved, eps, across_heads, at, turn_first, turn_tokens
-    )
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    partial = torch.zeros(recipe.partial or (0,), device=q.device)
+        grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, interleaved, eps, across_heads, at, turn_first, turn_tokens,
+        learn,
+    )  # fmt: skip
+    dq, dk = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    partial = q if recipe.partial is None else torch.empty(recipe.partial, dtype=torch.float32, device=q.device)
     weights = [q if x is None else x for x in (q_weight, k_weight, cos, sin)]
     recipe.run(q, k, *weights[:2], grad_q, grad_k, *weights[2:], dq, dk, partial)
-    if recipe.partial is None:
-        return dq, dk, q.new_empty(0), q.new_empty(0)
-    total = partial.sum(0) if across_heads else partial.sum((0, 2))
-    dqw, dkw = total[0].flatten().to(q.dtype), total[1].flatten()[: k_weight.numel()].to(q.dtype)  # type: ignore
-    return dq, dk, dqw.clone(), dkw.clone()
+    if recipe.partial is None or q_weight is None or k_weight is None:
+        return dq, dk, None, None
+    dqw, dkw = partial.sum(0).unbind(0)
+    return dq, dk, dqw.to(q_weight.dtype), dkw[: k_weight.numel()].to(k_weight.dtype)
 
 
 @torch.library.custom_op("linfusion::qk_norm_rope", mutates_args=())
@@ -190,25 +198,25 @@ def _(
 def prologue_backward_op(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
-    at: int, turn_first: int, turn_tokens: int,
+    at: int, turn_first: int, turn_tokens: int, learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(
-        grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, interleaved, eps, across_heads, at, turn_first, turn_tokens
-    )
+    dq, dk, *weights = backward(
+        grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, interleaved, eps, across_heads, at, turn_first, turn_tokens,
+        learn,
+    )  # fmt: skip
+    # outputs of an operator are tensors of their own
+    dqw, dkw = (q.new_empty(0) if x is None else x.clone() for x in weights)
+    return dq, dk, dqw, dkw
 
 
 @prologue_backward_op.register_fake
 def _(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None, across_heads: bool,
-    at: int, turn_first: int, turn_tokens: int,
+    at: int, turn_first: int, turn_tokens: int, learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    weighted = eps is not None and q_weight is not None
-    dqw, dkw = (
-        w.new_empty(w.shape, dtype=q.dtype) if weighted and w is not None else q.new_empty(0)
-        for w in (q_weight, k_weight)
-    )
+    dqw, dkw = (w.new_empty(w.shape) if learn and w is not None else q.new_empty(0) for w in (q_weight, k_weight))
     return dq, dk, dqw, dkw
 
 
@@ -229,12 +237,21 @@ def _backward(
     image, text = q.shape[1], 0 if text_q is None else text_q.shape[1]
     image_at, text_at = (text, 0) if ctx.text_first else (0, image)
 
-    def part(q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, at: int) -> tuple[Tensor | None, ...]:
-        dq, dk, dqw, dkw = run(grad_q, grad_k, q, k, qw, kw, cos, sin, *ctx.settings, at, *ctx.turns)
-        return dq, dk, dqw if dqw.numel() else None, dkw if dkw.numel() else None
+    def part(
+        q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, at: int, learn: bool
+    ) -> tuple[Tensor | None, ...]:
+        dq, dk, dqw, dkw = run(grad_q, grad_k, q, k, qw, kw, cos, sin, *ctx.settings, at, *ctx.turns, learn)
+        return (
+            dq,
+            dk,
+            dqw if dqw is not None and dqw.numel() else None,
+            dkw if dkw is not None and dkw.numel() else None,
+        )
 
-    dq, dk, dqw, dkw = part(q, k, qw, kw, image_at)
-    dtq, dtk, dtqw, dtkw = part(text_q, text_k, tqw, tkw, text_at) if text else (None,) * 4
+    normed = ctx.settings[1] is not None
+    learns = [normed and any(ctx.needs_input_grad[i : i + 2]) for i in (6, 8)]
+    dq, dk, dqw, dkw = part(q, k, qw, kw, image_at, learns[0])
+    dtq, dtk, dtqw, dtkw = part(text_q, text_k, tqw, tkw, text_at, learns[1]) if text else (None,) * 4
     dv = grad_v[:, image_at : image_at + image] if ctx.has_values else None
     dtv = grad_v[:, text_at : text_at + text] if ctx.has_values and text else None
     return dq, dk, dv, dtq, dtk, dtv, dqw, dkw, dtqw, dtkw, *(None,) * ctx.others

@@ -97,7 +97,7 @@ def _token(
 def prologue_kernel(
     Q, K, V, TQ, TK, TV, QW, KW, TQW, TKW, COS, SIN, OQ, OK, OV,
     image, text, heads, kv_heads, image_at, text_at, turn_first, turn_tokens, eps,
-    qb, qs, kb, ks, tqb, tqs, tkb, tks, cb, cs, ch,
+    qb, qs, kb, ks, vb, vs, tqb, tqs, tkb, tks, tvb, tvs, cb, cs, ch,
     D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
     ACROSS: tl.constexpr, ROPE: tl.constexpr, PAIRED: tl.constexpr, PER_HEAD: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
@@ -121,23 +121,42 @@ def prologue_kernel(
         _token(TQ + x, TQW, OQ, cos, sin, turns, heads, eps, ok, D, BD, NORM, WEIGHT, ACROSS, ROPE, PAIRED)
         _token(TK + y, TKW, OK, cos, sin, turns, kv_heads, eps, kv_ok, D, BD, NORM, WEIGHT, ACROSS, ROPE, PAIRED)
         if VALUES:
-            _token(TV + y, TV, OV, cos, sin, turns, heads, eps, kv_ok, D, BD, False, False, False, False, True)
+            _token(
+                TV + b * tvb + at * tvs,
+                TV,
+                OV,
+                cos,
+                sin,
+                turns,
+                heads,
+                eps,
+                kv_ok,
+                D,
+                BD,
+                False,
+                False,
+                False,
+                False,
+                True,
+            )
     else:
         at = (token - text).to(tl.int64)
         x, y = b * qb + at * qs, b * kb + at * ks
         _token(Q + x, QW, OQ, cos, sin, turns, heads, eps, ok, D, BD, NORM, WEIGHT, ACROSS, ROPE, PAIRED)
         _token(K + y, KW, OK, cos, sin, turns, kv_heads, eps, kv_ok, D, BD, NORM, WEIGHT, ACROSS, ROPE, PAIRED)
         if VALUES:
-            _token(V + y, V, OV, cos, sin, turns, heads, eps, kv_ok, D, BD, False, False, False, False, True)
+            _token(
+                V + b * vb + at * vs, V, OV, cos, sin, turns, heads, eps, kv_ok, D, BD, False, False, False, False, True
+            )
 
 
 @triton.jit
 def _token_backward(
     X, W, G, DX, cos, sin, turns, heads, eps, ok, sum_a, sum_b,
     D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, ACROSS: tl.constexpr,
-    ROPE: tl.constexpr, PAIRED: tl.constexpr,
+    ROPE: tl.constexpr, PAIRED: tl.constexpr, LEARN: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of one token of queries or keys; returns the weight's, added to the sums."""
+    """Writes the gradient of one token of queries or keys; returns the sums, with the weight's where it will LEARN."""
     ga, gb = _load(G, D, BD, ok, PAIRED)
     if ROPE:
         c, s = tl.where(turns, cos, 1.0), tl.where(turns, sin, 0.0)
@@ -146,9 +165,10 @@ def _token_backward(
         a, b = _load(X, D, BD, ok, PAIRED)
         inverse = _inverse_rms(a, b, heads, eps, D, ACROSS)
         a, b = a * inverse, b * inverse
-        if WEIGHT:
+        if LEARN:
             sum_a += ga * a
             sum_b += gb * b
+        if WEIGHT:
             wa, wb = _norm_weight(W, D, BD, ok, PAIRED, ACROSS)
             ga, gb = ga * wa, gb * wb
         along = tl.sum(ga * a + gb * b, 1)[:, None]
@@ -166,10 +186,11 @@ def prologue_backward_kernel(
     tokens, chunk, heads, kv_heads, at, turn_first, turn_tokens, eps,
     xb, xs, yb, ys, gb, gs, hb, hs, cb, cs, ch,
     D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-    ACROSS: tl.constexpr, ROPE: tl.constexpr, PAIRED: tl.constexpr, PER_HEAD: tl.constexpr, STAGES: tl.constexpr,
+    ACROSS: tl.constexpr, ROPE: tl.constexpr, PAIRED: tl.constexpr, PER_HEAD: tl.constexpr, LEARN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Text or image: grid (chunks, batch). `PARTIAL` `[chunks * batch, 2, H, D]` takes what each chunk adds to the
-    gradients of both weights."""
+    """Text or image: grid (chunks, batch). `PARTIAL` takes what each chunk adds to the gradients of both weights:
+    `[chunks * batch, 2, D]`, or `[chunks * batch, 2, H, D]` where the norm goes across heads."""
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ok, kv_ok = (tl.arange(0, BH) < heads)[:, None], (tl.arange(0, BH) < kv_heads)[:, None]
     qa, qb = tl.zeros((BH, BD // 2), tl.float32), tl.zeros((BH, BD // 2), tl.float32)
@@ -186,13 +207,20 @@ def prologue_backward_kernel(
         here, joint = token.to(tl.int64), place.to(tl.int64)
         qa, qb = _token_backward(
             Q + b * xb + here * xs, QW, GQ + b * gb + joint * gs, DQ + (b * tokens + token) * heads * D,
-            cos, sin, turns, heads, eps, ok, qa, qb, D, BD, NORM, WEIGHT, ACROSS, ROPE, PAIRED,
+            cos, sin, turns, heads, eps, ok, qa, qb, D, BD, NORM, WEIGHT, ACROSS, ROPE, PAIRED, LEARN,
         )  # fmt: skip
         ka, kb = _token_backward(
             K + b * yb + here * ys, KW, GK + b * hb + joint * hs, DK + (b * tokens + token) * kv_heads * D,
-            cos, sin, turns, kv_heads, eps, kv_ok, ka, kb, D, BD, NORM, WEIGHT, ACROSS, ROPE, PAIRED,
+            cos, sin, turns, kv_heads, eps, kv_ok, ka, kb, D, BD, NORM, WEIGHT, ACROSS, ROPE, PAIRED, LEARN,
         )  # fmt: skip
-    if WEIGHT:
-        PARTIAL += (b * tl.num_programs(0) + part) * 2 * heads * D
-        _store(PARTIAL, qa, qb, D, BD, ok, PAIRED)
-        _store(PARTIAL + heads * D, ka, kb, D, BD, kv_ok, PAIRED)
+    if LEARN:
+        record = b * tl.num_programs(0) + part
+        if ACROSS:
+            PARTIAL += record * 2 * heads * D
+            _store(PARTIAL, qa, qb, D, BD, ok, PAIRED)
+            _store(PARTIAL + heads * D, ka, kb, D, BD, kv_ok, PAIRED)
+        else:  # rows past the last head hold zeros
+            PARTIAL += record * 2 * D
+            one = tl.full((1, 1), 1, tl.int1)
+            _store(PARTIAL, tl.sum(qa, 0, keep_dims=True), tl.sum(qb, 0, keep_dims=True), D, BD, one, PAIRED)
+            _store(PARTIAL + D, tl.sum(ka, 0, keep_dims=True), tl.sum(kb, 0, keep_dims=True), D, BD, one, PAIRED)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import (
+    Bias,
     check_agents,
     check_grid,
     check_kernel,
@@ -19,12 +20,15 @@ from .checks import (
     check_prologue,
     check_qkv,
     check_radius,
+    dense_bias,
     repeat_heads,
     repeat_kernel,
     split_heads,
 )
 from .features import named_feature_map, wide
 from .reference_sparse import block_classes as block_classes
+from .reference_sparse import block_map as block_map
+from .reference_sparse import block_sparse_attention as block_sparse_attention
 from .reference_sparse import sparse_linear_attention as sparse_linear_attention
 from .rotary import RopeTables, rotate
 
@@ -194,21 +198,23 @@ def agent_attention(
     *,
     scale: float | None = None,
     agent_scale: float | None = None,
-    key_bias: Tensor | None = None,
-    query_bias: Tensor | None = None,
+    key_bias: Bias | None = None,
+    query_bias: Bias | None = None,
+    shortcut: float = 0.0,
 ) -> Tensor:
     """See `linfusion.kernels.agent_attention`."""
-    scale, agent_scale = check_agents(q, k, v, agents, scale, agent_scale, key_bias, query_bias)
+    scale, agent_scale = check_agents(q, k, v, agents, scale, agent_scale, key_bias, query_bias, shortcut)
     dtype = q.dtype
     q, k, v, agents = wide(q, repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2]), agents)
     from_keys = torch.einsum("bnhd,bkhd->bhnk", agents, k) * scale
     to_queries = torch.einsum("bqhd,bnhd->bhqn", q, agents) * agent_scale
     if key_bias is not None:
-        from_keys = from_keys + key_bias
+        from_keys = from_keys + dense_bias(key_bias)
     if query_bias is not None:
-        to_queries = to_queries + query_bias
+        to_queries = to_queries + dense_bias(query_bias, transposed=True)
     gathered = torch.einsum("bhnk,bkhd->bhnd", from_keys.softmax(dim=-1), v)
-    return torch.einsum("bhqn,bhnd->bqhd", to_queries.softmax(dim=-1), gathered).to(dtype)
+    out = torch.einsum("bhqn,bhnd->bqhd", to_queries.softmax(dim=-1), gathered)
+    return (out + shortcut * v if shortcut else out).to(dtype)
 
 
 def window_mask(

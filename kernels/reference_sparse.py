@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import block_counts, check_keep, check_projection, check_qkv, check_routing, repeat_heads
+from .checks import block_counts, check_block_map, check_keep, check_projection, check_qkv, check_routing, repeat_heads
 from .features import named_feature_map, wide
 
 LINEAR_EPS = 1e-5
@@ -27,6 +27,28 @@ def block_classes(q: Tensor, k: Tensor, topk: float, skip: float, block_q: int, 
     blocks = scores.shape[-1]
     chosen, dropped = block_counts(topk, skip, blocks)
     return (place < chosen).long() - (place >= blocks - dropped).long()
+
+
+def block_map(q: Tensor, k: Tensor, *, topk: float, block_q: int = 128, block_k: int = 64) -> Tensor:
+    """See `linfusion.kernels.block_map`."""
+    check_qkv(q, k, k)
+    check_routing(topk, block_q, block_k, "softmax", "all", 0.0)
+    return block_classes(q, repeat_heads(k, q.shape[2]), topk, 0.0, block_q, block_k) == 1
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, *, block_q: int = 128, block_k: int = 64,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """See `linfusion.kernels.block_sparse_attention`."""
+    check_qkv(q, k, v)
+    seen = check_block_map(block_map, q, k, block_q, block_k)
+    seen = seen.repeat_interleave(block_q, 2)[:, :, : q.shape[1]].repeat_interleave(block_k, 3)[..., : k.shape[1]]
+    dtype, scale, heads = q.dtype, q.shape[-1] ** -0.5 if scale is None else scale, q.shape[2]
+    q, k, v = wide(q, repeat_heads(k, heads), repeat_heads(v, heads))
+    some = seen.any(-1, keepdim=True)
+    scores = (torch.einsum("bqhd,bkhd->bhqk", q, k) * scale).masked_fill(~seen & some, float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1) * some, v).to(dtype)
 
 
 def sparse_linear_attention(

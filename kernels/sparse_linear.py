@@ -1,17 +1,24 @@
 """Sparse-linear attention (SLA, arXiv 2509.24006): softmax over chosen key blocks, linear attention over the rest.
 
-The part that is cut into blocks is one custom op, so that `torch.compile(fullgraph=True)` sees a single node; feature
-maps, kept tokens and the projection are plain PyTorch around it.
+On a GPU all of it is one operator of Triton kernels (`sla_launch`). Elsewhere what is cut into blocks is one custom op,
+so that `torch.compile(fullgraph=True)` sees a single node; feature maps, kept tokens and the projection are plain
+PyTorch around it.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import sla_launch
 from . import sparse_linear_torch as path
+from .backend import why_not_triton
+from .block_sparse import lacking
 from .checks import block_counts, check_keep, check_projection, check_qkv, check_routing, repeat_heads
 from .features import named_feature_map
 from .reference_sparse import LINEAR_EPS
+from .rest_launch import MOST_DIM
 
 
 def sparse_linear_attention(
@@ -66,6 +73,18 @@ def sparse_linear_attention(
     start, stop = check_keep(keep, q.shape[1], k.shape[1], text_mask, q.shape[0])
     check_projection(proj_weight, proj_bias, q.shape[-1])
     heads, scale = q.shape[2], q.shape[-1] ** -0.5 if scale is None else float(scale)
+    sparse: Tensor
+    if topk < 1 and stop - start < k.shape[1]:
+        reason = _lacking(q, k, block_q, block_k, linear, scale)
+        if why_not_triton("sparse_linear_attention", q.shape[-1], q, k, v, lacking=reason) is None:
+            settings = (float(topk), float(skip), block_q, block_k, feature_map, linear, scale, start, stop)
+            sparse, summed, *_ = _operator(q, k, v, proj_weight, proj_bias)(
+                q, k, v, text_mask, proj_weight, proj_bias, *settings, return_parts
+            )
+            if not return_parts:
+                return sparse
+            nothing = None if start == stop else torch.zeros_like(q[:, start:stop])
+            return sparse, _join(nothing, summed, start == 0)
     k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     phi = named_feature_map(feature_map)
     kept, rest = slice(start, stop), slice(stop, None) if start == 0 else slice(0, start)
@@ -95,6 +114,22 @@ def sparse_linear_attention(
         nothing = None if exact is None else torch.zeros_like(exact)
         return _join(exact, sparse, start == 0), _join(nothing, summed, start == 0)
     return _join(exact, sparse + summed, start == 0)
+
+
+def _lacking(q: Tensor, k: Tensor, block_q: int, block_k: int, linear: str, scale: float) -> str | None:
+    """What the kernels do not know of this call."""
+    most = MOST_DIM if q.dtype != torch.float32 else MOST_DIM // 2
+    if linear != "all" and q.shape[-1] > most:
+        return f"linear={linear!r} needs more registers at {q.dtype}, head dim {q.shape[-1]}, than there are"
+    return lacking(q, k, block_q, block_k, scale)
+
+
+def _operator(*inputs: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The Triton kernels as an operator where torch.compile traces it, with or without gradients elsewhere."""
+    if torch.compiler.is_compiling():
+        return sla_launch.sla_op
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return sla_launch.forward_with_gradients if wanted else sla_launch.forward
 
 
 def sparse_linear_pairs(

@@ -61,7 +61,8 @@ def why_not(window: Window) -> str | None:
         return None if len(set(window.radius)) == 1 else "radii that differ on a grid that is not known yet"
     if max(window.grid) >= 1 << 13 or (len(window.grid) == 3 and window.grid[0] > 1 << 9):
         return f"the grid {window.grid} is larger than 8191 x 8191 or 512 frames"
-    if not window_plan.decidable(_shape(window), window.radius, window.box):
+    # plain numbers also where they are symbols while a graph is traced: there is a graph for each size
+    if not window_plan.decidable(tuple(len(range(n)) for n in _shape(window)), window.radius, window.box):  # type: ignore[arg-type]
         return f"fp32 cannot tell what is within the radius {window.radius}"
     return None
 

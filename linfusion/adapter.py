@@ -8,6 +8,7 @@ host that were trained with it, and `low_rank.<parameter>.down`, `.up` for what 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .families.base import class_names
 from .mechanisms import Mechanism, MechanismConfig, config_from_dict
+from .version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -129,6 +131,27 @@ def read_adapter(source: str | Path) -> Adapter:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or incomplete: {error}.") from None
     return Adapter(str(source), model, layers, tensors)
+
+
+def write_adapter(
+    folder: str | Path, model: str, layers: Mapping[str, MechanismConfig], tensors: dict[str, Tensor]
+) -> None:
+    """Write what `read_adapter` reads; ValueError where there is no such place."""
+    config = {
+        "linfusion_version": __version__,
+        "model": model,
+        "layers": {layer: mechanism.to_dict() for layer, mechanism in layers.items()},
+    }
+    folder = Path(folder)
+    try:
+        folder.mkdir(exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError):
+        raise ValueError(f"Cannot save to {folder}: it must be a folder, or new in a folder that exists.") from None
+    # a temporary name first: a killed save leaves no half file under the real one
+    save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
+    (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
+    os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
 
 
 def _folder(source: str | Path) -> Path:

@@ -13,11 +13,18 @@ from torch import nn
 from .apply import named_denoisers, record_of
 from .families import family_of
 from .families.base import Family, Processor, class_names
+from .kernels.backend import explain
+from .kernels.crossovers import crossover
+from .mechanisms.base import Mechanism
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention layer. `grid` is that of the latest forward, None before the first."""
+    """One attention layer. `grid` is that of the latest forward, None before the first.
+
+    `backend` says in what the attention of the latest eager forward ran, and up to how many tokens exact attention was
+    measured to be faster on this GPU, where the layer has no more; None before it, and where there is no choice.
+    """
 
     layer: str
     mechanism: str | None
@@ -25,6 +32,7 @@ class LayerReport:
     text: int | None
     parameters: int
     reason: str
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,12 @@ class Description:
         left = self.attention_work_left
         work = "" if left is None else f", {left:.1%} of the self-attention work left"
         table = Table(title=f"{self.model}: {self.replaced} of {len(self.layers)} attention layers replaced{work}")
-        for column in ("layer", "mechanism", "grid", "text", "parameters", "note"):
+        for column in ("layer", "mechanism", "grid", "text", "parameters", "note", "backend"):
             table.add_column(column, overflow="fold")
         for r in self.layers:
             grid = " x ".join(map(str, r.grid)) if r.grid else "-"
             text = "-" if r.text is None else str(r.text)
-            table.add_row(r.layer, r.mechanism or "-", grid, text, str(r.parameters), r.reason)
+            table.add_row(r.layer, r.mechanism or "-", grid, text, str(r.parameters), r.reason, r.backend or "-")
         return table
 
     def __str__(self) -> str:
@@ -100,11 +108,26 @@ def describe(pipe_or_model: Any) -> Description:
             parameters = sum(p.numel() for p in entry.mechanism.parameters())
             note = "replaced" if "grid" in entry.mechanism.needs or grid else "replaced; needs no grid"
             shown = text if site.joint and layout.tokens else None
-            reports.append(LayerReport(prefix + name, str(entry.mechanism.config), grid, shown, parameters, note))
+            backend = _backend(entry.mechanism, layout.tokens)
+            reports.append(
+                LayerReport(prefix + name, str(entry.mechanism.config), grid, shown, parameters, note, backend)
+            )
             if layout.tokens:
                 done += weight * entry.mechanism.pairs(grid or (layout.tokens,), text)
     name = " + ".join(dict.fromkeys(type(m).__name__ for m in models.values()))
     return Description(name, tuple(reports), done / total if total else None)
+
+
+def _backend(mechanism: Mechanism, tokens: int) -> str | None:
+    if mechanism.kernel is None or mechanism.ran is None:
+        return None
+    dtype, device, elements = mechanism.ran
+    why_not = explain(mechanism.kernel, mechanism.site.head_dim, dtype, device, elements)
+    chosen = "Triton" if why_not is None else f"PyTorch: {why_not}"
+    found = crossover(mechanism.kernel, mechanism.site.head_dim, dtype, device)
+    if found is None or tokens > (found.exact_until or 0):
+        return chosen
+    return f"{chosen}; exact attention is faster up to {found.exact_until} tokens"
 
 
 def attention_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from .adapter import CONFIG, WEIGHTS, Factors, host_names, host_parameter, read_adapter
+from .adapter import Factors, host_names, host_parameter, read_adapter, write_adapter
 from .apply import apply_adapter, denoisers, record_of
 from .families import family_of
 from .families.base import class_names
-from .version import __version__
 
 
 def save(
@@ -74,21 +70,8 @@ def save(
         )
     if dtype is not None:
         tensors = {key: value.to(dtype) for key, value in tensors.items()}
-    config = {
-        "linfusion_version": __version__,
-        "model": family_of(model).model,
-        "layers": {layer: entry.mechanism.config.to_dict() for layer, entry in record.entries.items()},
-    }
-    folder = Path(folder)
-    try:
-        folder.mkdir(exist_ok=True)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError):
-        raise ValueError(f"Cannot save to {folder}: it must be a folder, or new in a folder that exists.") from None
-    # a temporary name first: a killed save leaves no half file under the real one
-    save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
-    (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
-    os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
+    layers = {layer: entry.mechanism.config for layer, entry in record.entries.items()}
+    write_adapter(folder, family_of(model).model, layers, tensors)
 
 
 def _lora_factors(model: nn.Module, lora: str) -> dict[str, Factors]:

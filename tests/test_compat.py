@@ -192,14 +192,15 @@ needs_accelerator = pytest.mark.skipif(
 @pytest.mark.parametrize("order", ["apply-first", "offload-first"])
 def test_offload_from_an_accelerator(tiny, enable, order):
     pipe, config = tiny.build_pipeline(), lf.CLEAR(2, pool=2)
-    want = tiny.draw(lf.apply(pipe, config), 5.0)
-    lf.restore(pipe)
+    # that device computes other digits than the CPU: convolutions in TF32, for one
+    want = tiny.draw(lf.apply(pipe.to(torch.accelerator.current_accelerator()), config), 5.0)
+    lf.restore(pipe).to("cpu")
     for step in (lambda: lf.apply(pipe, config), lambda: getattr(pipe, enable)())[
         :: 1 if order == "apply-first" else -1
     ]:
         step()
     for _ in range(2):
-        assert gap(tiny.draw(pipe, 5.0).cpu(), want) < 1e-2
+        assert gap(tiny.draw(pipe, 5.0), want) < 1e-4
 
 
 # training

@@ -46,7 +46,7 @@ def test_to_dict_is_json(tiny, model, inputs):
     data = json.loads(json.dumps(report.to_dict()))
     assert data.keys() == {"model", "layers", "attention_work_left", "replaced"}
     assert data["replaced"] == tiny.layers and data["attention_work_left"] == report.attention_work_left
-    assert data["layers"][0].keys() == {"layer", "mechanism", "grid", "text", "parameters", "reason"}
+    assert data["layers"][0].keys() == {"layer", "mechanism", "grid", "text", "parameters", "reason", "backend"}
     grids = {tuple(r["grid"]) for r in data["layers"] if r["mechanism"]}
     assert (6, 9) in grids
 

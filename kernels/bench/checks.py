@@ -48,9 +48,12 @@ class Bound:
         return out if isinstance(out, tuple) else (out,)
 
     def backward(self, outputs: tuple[Tensor, ...], again: bool = True) -> tuple[Tensor, ...]:
-        """Gradients of the inputs; `again` keeps the graph for another time."""
+        """Gradients of the inputs, None of those that a peer ignores; `again` keeps the graph for another time."""
         leaves = [self.inputs[n] for n in self.leaves]
-        return torch.autograd.grad(outputs, leaves, self.upstream, retain_graph=again)
+        grads = torch.autograd.grad(
+            outputs, leaves, self.upstream, retain_graph=again, allow_unused=self.provider.other
+        )
+        return tuple(g for g in grads if g is not None)
 
     def both(self) -> tuple[Tensor, ...]:
         outputs = self.forward()

@@ -36,6 +36,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--git", metavar="REVISION", help="of the code, where git cannot tell")
     parser.add_argument("--list", action="store_true", help="list ops and shapes, and measure nothing")
     parser.add_argument("--check", action="store_true", help="check against float64, and time nothing")
+    parser.add_argument(
+        "--here", nargs="?", const=True, default=None, metavar="FILE",
+        help="measure from which size on each kernel pays on this GPU, for the library to choose by; default the "
+        "user's cache folder",
+    )  # fmt: skip
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the CSV's rows there, and measure nothing")
     parser.add_argument(
         "--warm", metavar="I/N", help="compile the I-th of N parts and stop; N such processes share out the waiting"
@@ -51,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    from ..backend import use_backend
     from .ops import OPS, chosen
 
     ops, cases = chosen(args.op or (list(OPS) if args.list else None), args.shape)
@@ -66,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             Console().out(str(path), highlight=False)
         return 0
     with ExitStack() as open_files:
+        open_files.enter_context(use_backend("triton"))  # the kernels are measured, not the choice
         return _measure(args, ops, cases, _speaker(args.log, open_files))
 
 
@@ -79,7 +86,7 @@ def _measure(args: argparse.Namespace, ops: list[Bench], cases: list[Case], say:
 
     from rich.console import Console
 
-    from . import ceilings
+    from . import ceilings, here
     from .op import DIRECTIONS, Op
     from .ops import OPS
     from .report import summary
@@ -93,6 +100,9 @@ def _measure(args: argparse.Namespace, ops: list[Bench], cases: list[Case], say:
     )  # fmt: skip
     logging.getLogger("linfusion").addHandler(_Said(say))  # an op that falls back to PyTorch says so there
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton_version()}, git {session.git}")
+    if args.here is not None:
+        here.measure(session, None if args.here is True else Path(args.here))
+        return 1 if session.refused else 0
     if args.warm is not None:
         part, parts = _part(args.warm)
         for case in cases[part::parts]:

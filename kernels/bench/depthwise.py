@@ -87,7 +87,7 @@ class Depthwise(Grid):
 class LiT(Grid):
     name = "lit"
     cases = (
-        Case("lit", _shape(2, 10, 128, 64, 5)),
+        Case("lit", _shape(2, 10, 128, 64, 5), small=True),
         Case("lit", _shape(1, 24, 128, 128, 5)),
         Case("lit", _shape(1, 24, 256, 128, 5)),
         Case("lit", _shape(2, 16, 64, 72, 5), small=True),

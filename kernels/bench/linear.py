@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -26,18 +27,20 @@ UNTABLED = ("fbi-la",)  # tunes itself for a quarter of a minute at every new le
 class Linear(Op):
     name = "linear"
     cases = (
-        _case(2, 10, 16384, 64),
+        _case(2, 10, 16384, 64, small=True),
         _case(2, 20, 4096, 64, small=True),
         _case(1, 24, 16384, 128),
         _case(1, 24, 65536, 128),
         _case(2, 10, 262144, 64),
-        _case(2, 8, 16384, 40),
+        _case(2, 8, 16384, 40, small=True),
         _case(2, 20, 1024, 64, small=True, skip=UNTABLED),
         _case(2, 20, 2048, 64, small=True, skip=UNTABLED),
         _case(2, 8, 4096, 40, small=True),
         _case(2, 16, 4096, 72, small=True),
         _case(2, 16, 16384, 72),
         _case(1, 10, 1048576, 64, skip=UNTABLED),
+        # more elements than 32 bits count
+        replace(_case(1, 20, 1048576, 128, skip=("torch", "torch.compile", *UNTABLED)), directions=("forward",)),
     )
 
     def passes(self, shape: Shape, direction: str) -> int:

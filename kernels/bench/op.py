@@ -55,11 +55,14 @@ class Provider(NamedTuple):
         call: takes the inputs by name.
         prepare: `(name, tensor)` from this package's layout to the call's, for inputs, outputs and their gradients.
         restore: the way back.
+        other: whether it computes something else for the same end; then its error says nothing, and inputs that it
+            does not use have no gradients.
     """
 
     call: Call
     prepare: Callable[[str, Tensor], Tensor] = _same
     restore: Callable[[str, Tensor], Tensor] = _same
+    other: bool = False
 
 
 class View(NamedTuple):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from .agent import Agent, Pool
 from .denoisers import SDXL, Flux
 from .depthwise import Depthwise, LiT
 from .linear import Linear
 from .op import Bench, Case
 from .prologue import Prologue
+from .sla import SLA
+from .window import Window
 
-KERNELS: dict[str, Bench] = {op.name: op for op in (Linear(), Depthwise(), LiT(), Prologue())}
+KERNELS: dict[str, Bench] = {
+    op.name: op for op in (Linear(), Depthwise(), LiT(), Prologue(), Window(), SLA(), Agent(), Pool())
+}
 MODELS: dict[str, Bench] = {op.name: op for op in (Flux(), SDXL())}
 OPS = KERNELS | MODELS
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .op import Missing, Provider
 
@@ -97,6 +99,47 @@ def eager_lit(grid: tuple[int, int], eps: float) -> list[Provider]:
     return [Provider(heads_before, heads_first, heads_first), Provider(tokens_before)]
 
 
+def eager_agents(
+    grid: tuple[int, int] | None, agent_scale: float | None = None, shortcut: float = 0.0
+) -> list[Provider]:
+    """Agent attention as two calls of SDPA, and the convolution where there is a grid; in both layouts."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, agents: Tensor, token_weights: Tensor | None = None,
+        key_table: Tensor | None = None, query_table: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        biases: tuple[Tensor | None, Tensor | None] = (None, None)
+        if token_weights is not None and key_table is not None and query_table is not None:
+            biases = (key_table @ token_weights.T)[None], (token_weights @ query_table.mT)[None]
+        gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=biases[0])
+        out = F.scaled_dot_product_attention(q, agents, gathered, attn_mask=biases[1], scale=agent_scale)
+        return torch.add(out, v, alpha=shortcut) if shortcut else out
+
+    def heads_before(v: Tensor, weight: Any = None, bias: Any = None, **given: Tensor) -> Tensor:
+        out = attend(v=v, **given)
+        return out if grid is None else out + convolve(v.transpose(1, 2), weight, bias, grid).transpose(1, 2)
+
+    def tokens_before(v: Tensor, weight: Any = None, bias: Any = None, **given: Tensor) -> Tensor:
+        given = {name: x.transpose(1, 2) if x.ndim == 4 else x for name, x in given.items()}
+        out = attend(v=v.transpose(1, 2), **given).transpose(1, 2)
+        return out if grid is None else out + convolve(v, weight, bias, grid)
+
+    return [Provider(tokens_before), Provider(heads_before, heads_first, heads_first)]
+
+
+def exact(backend: SDPBackend | None = None) -> Provider:
+    """Softmax attention over all tokens: what a mechanism stands in for, so it leaves the other inputs alone.
+
+    By the backend named, else by the one that torch chooses.
+    """
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **others: Tensor) -> Tensor:
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return Provider(call, heads_first, heads_first, other=True)
+
+
 def compiled(providers: list[Provider]) -> list[Provider]:
     """By `torch.compile`, for this shape alone: code for any length would be slower."""
     functorch.donated_buffer = False  # a backward pass that is timed runs many times on what one forward pass saved
@@ -113,6 +156,20 @@ def fbi_la(feature_map: str, eps: float) -> Provider:
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return kernel(phi(q), phi(k), v, eps=eps)
+
+    return Provider(call, heads_first, heads_first)
+
+
+def official_sla(dim: int, topk: float, block_q: int) -> Provider:
+    """The Triton kernels of github.com/thu-ml/SLA with its routing, linear part and projection, as published.
+
+    Raises:
+        Missing: the package `sparse_linear_attention` is neither installed nor in the folder that PEERS names.
+    """
+    module = _published("sparse_linear_attention", "SparseLinearAttention")(dim, topk, BLKQ=block_q, BLKK=64)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(module, {"proj_l.weight": weight, "proj_l.bias": bias}, (q, k, v))
 
     return Provider(call, heads_first, heads_first)
 

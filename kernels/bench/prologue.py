@@ -27,7 +27,7 @@ Norm = Callable[[Tensor, Tensor], Tensor]
 
 
 def _case(heads: int, tokens: int, *settings: tuple[str, object]) -> Case:
-    return Case("prologue", Shape(1, heads, tokens, 128, settings))
+    return Case("prologue", Shape(1, heads, tokens, 128, settings), small=tokens < 8192)
 
 
 class Prologue(Op):

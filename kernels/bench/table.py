@@ -13,8 +13,8 @@ class Shape(NamedTuple):
 
     Attributes:
         batch, heads, tokens, dim: S counts text tokens too.
-        settings: letters and values: `g` the token grid, `t` text tokens, `c` the side of a convolution's kernel;
-            True stands for a word alone.
+        settings: letters and values: `g` the token grid, `t` text tokens, `c` the side of a convolution's kernel,
+            `r` the radius of a window, `a` agents; True stands for a word alone.
     """
 
     batch: int

@@ -119,7 +119,7 @@ class Processor:
             call = AttnCall(q, k, v, text=text, **settings)
         if merged is not None and merged.agents is not None:
             call.agents = to_heads(attn.to_q(merged.agents), site.head_dim)
-        out = mechanism(call).flatten(2).to(call.output_dtype())
+        out = run(mechanism, call, q)
         if merged is not None:
             out = merged.expand(out)
         if not apart:
@@ -204,6 +204,13 @@ def is_default(processor: type) -> bool:
     return not processor.__name__.startswith(("Sliced", "XFormers"))
 
 
+def run(mechanism: Mechanism, call: AttnCall, q: Tensor) -> Tensor:
+    """The mechanism's attention, `[B, S, C]`; what its queries were is kept for `describe`."""
+    if not torch.compiler.is_compiling():
+        mechanism.ran = q.dtype, q.device, q.numel()
+    return mechanism(call).flatten(2).to(call.output_dtype())
+
+
 def backend_name(backend: Any) -> str:
     """A diffusers backend (enum member, string or None) as its plain name."""
     return "native" if backend is None else str(getattr(backend, "value", backend))
@@ -235,6 +242,8 @@ class Family:
         time: `(model, args, kwargs) -> place on the noise schedule`, 1 for pure noise, as in `Clock`; None where the
             model's time argument does not tell.
         norm: layer's name -> name of the norm in front of it; its first argument is the block's hidden states.
+        original: `(name, value)` of a parameter in the authors' own code -> the same in diffusers; also of a module's
+            name, with an empty value. None where weights are published in diffusers' names.
     """
 
     model: str
@@ -252,6 +261,7 @@ class Family:
     time: Callable[..., Tensor] | None = None
     norm: Callable[[str], str] = lambda name: f"{name.rpartition('.')[0]}.norm1"
     processors: Mapping[str, type[Processor]] = field(default_factory=dict)
+    original: Callable[[str, Tensor], tuple[str, Tensor]] | None = None
 
     def processor_of(self, attn: nn.Module) -> Processor:
         """A new processor for one layer."""

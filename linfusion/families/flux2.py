@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import AttnCall, Layout, Norms
-from .base import DispatchProcessor, HostLayer, argument, class_names, to_heads
+from .base import DispatchProcessor, HostLayer, argument, class_names, run, to_heads
 from .flux import FLUX, FluxProcessor, flux_layout, flux_rope
 
 
@@ -35,7 +35,7 @@ class Flux2SingleProcessor(DispatchProcessor):
             rope=flux_rope(image_rotary_emb), exact=self.exact, mask=attention_mask,
             prologue=self.prologue(mechanism, attn, q, apart=False),
         )  # fmt: skip
-        out = mechanism(call).flatten(2).to(call.output_dtype())
+        out = run(mechanism, call, q)
         return attn.to_out(torch.cat((out, attn.mlp_act_fn(mlp)), dim=-1))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..call import Layout, Norms, Rope, Site
 from ..kernels import RopeTables
 from .base import DispatchProcessor, Family, HostLayer, argument, class_names, prepared_mask, to_heads
+from .wan_original import parameter_here
 
 
 class VideoProcessor(DispatchProcessor):
@@ -148,9 +149,15 @@ WAN = Family(
     layout=wan_layout,
     site=video_site,
     stock=frozenset({"WanAttnProcessor"}),
+    original=parameter_here,
 )
 
-WAN_VACE = replace(WAN, model="WanVACETransformer3DModel", about="Wan VACE: self-attention, main and control blocks")
+WAN_VACE = replace(
+    WAN,
+    model="WanVACETransformer3DModel",
+    about="Wan VACE: self-attention, main and control blocks",
+    original=None,
+)
 
 LTX = replace(
     WAN,
@@ -159,4 +166,5 @@ LTX = replace(
     processor=LTXProcessor,
     layout=ltx_layout,
     stock=frozenset({"LTXVideoAttnProcessor"}),
+    original=None,
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import AttnCall, Site
-from ..kernels import agent_attention, pool_agents, resize_bias
+from ..kernels import agent_attention, bias_factors, pool_agents
 from .base import Mechanism, MechanismConfig
 from .joint import mix_text, text_pairs
 from .local import LocalBranch, check_kernel_size
@@ -71,6 +71,7 @@ class Agent(MechanismConfig):
 
 class AgentAttention(Mechanism):
     config: Agent
+    kernel = "agent_attention"
     needs = frozenset({"grid"})
 
     def __init__(self, config: Agent, site: Site) -> None:
@@ -92,8 +93,8 @@ class AgentAttention(Mechanism):
             )
         key_bias = query_bias = None
         if self.config.bias:
-            key_bias = resize_bias(self.key_bias, grid=call.grid, tokens=tokens)
-            query_bias = resize_bias(self.query_bias, grid=call.grid, tokens=tokens).transpose(1, 2)
+            key_bias = bias_factors(self.key_bias, grid=call.grid, tokens=tokens, dtype=q.dtype)
+            query_bias = bias_factors(self.query_bias, grid=call.grid, tokens=tokens, dtype=q.dtype)
         agents = pool_agents(q, grid=call.grid, agents=self.config.agents)
         image = agent_attention(q, k, v, agents, scale=call.scale, key_bias=key_bias, query_bias=query_bias)
         return self.local(call, mix_text(call, image))

@@ -83,6 +83,7 @@ class AgentSD(MechanismConfig):
 
 class AgentSDAttention(Mechanism):
     config: AgentSD
+    kernel = "agent_attention"
     needs = frozenset({"grid", "time", "stream"})
     merges_tokens = True
 
@@ -124,8 +125,8 @@ class AgentSDAttention(Mechanism):
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
 
         def through_agents(q: Tensor, k: Tensor, v: Tensor, agents: Tensor) -> Tensor:
-            out = agent_attention(q, k, v, agents, scale=scale, agent_scale=scale**self.config.agent_power)
-            return torch.add(out, v, alpha=self.config.shortcut)
+            sharper = scale**self.config.agent_power
+            return agent_attention(q, k, v, agents, scale=scale, agent_scale=sharper, shortcut=self.config.shortcut)
 
         if not torch.compiler.is_compiling():
             return through_agents(q, k, call.v, agents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..call import AttnCall, Clock, Layout, Merged, Site, Stream
@@ -14,10 +15,12 @@ from ..call import AttnCall, Clock, Layout, Merged, Site, Stream
 class MechanismConfig:
     """Settings of a mechanism: the public API, the `config.json` and the repr at once.
 
-    `name` is the mechanism's name on the command line and on disk.
+    `name` is the mechanism's name on the command line and on disk; `published` its parameters by the names that its
+    authors' weights give them, below the attention layer.
     """
 
     name: ClassVar[str]
+    published: ClassVar[dict[str, str]] = {}
 
     def passes(self, site: Site) -> str | None:
         """Why this mechanism leaves the layer as it is, a sentence; None where it takes it.
@@ -51,6 +54,7 @@ class Mechanism(nn.Module):
     """A layer's attention. Lives at `attention_layer.linfusion`, so that the host's own hooks reach its parameters.
 
     Attributes:
+        kernel: the op of `kernels` that computes its attention, where that has more than one implementation.
         needs: what the family must supply: any of "grid", "time", "stream".
         honours_mask: whether a mask of the whole sequence can be used.
         honours_backend: whether the host's attention backend does the work.
@@ -60,8 +64,10 @@ class Mechanism(nn.Module):
         clock: and about its place on the noise schedule.
         fuse_prologue: whether one kernel may do the host's norms and rotation where it can run.
         stream: what the layer's input was before its norm.
+        ran: dtype and device of the latest eager forward's queries, and how many elements they had; None before it.
     """
 
+    kernel: ClassVar[str | None] = None
     needs: ClassVar[frozenset[str]] = frozenset()
     honours_mask: ClassVar[bool] = False
     honours_backend: ClassVar[bool] = False
@@ -71,6 +77,7 @@ class Mechanism(nn.Module):
     clock: Clock
     fuse_prologue: bool = True
     stream: Stream
+    ran: tuple[torch.dtype, torch.device, int] | None = None
 
     def __init__(self, config: MechanismConfig, site: Site) -> None:
         super().__init__()

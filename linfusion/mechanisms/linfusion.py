@@ -44,6 +44,7 @@ class LinFusion(MechanismConfig):
 
 class LinFusionAttention(Mechanism):
     config: LinFusion
+    kernel = "linear_attention"
     changes_input = True
 
     def __init__(self, config: LinFusion, site: Site) -> None:

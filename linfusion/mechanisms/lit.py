@@ -54,6 +54,7 @@ class LiT(MechanismConfig):
 
 class LiTAttention(Mechanism):
     config: LiT
+    kernel = "linear_attention"
     needs = frozenset({"grid"})
 
     def __init__(self, config: LiT, site: Site) -> None:

@@ -31,6 +31,9 @@ class SLA(MechanismConfig):
     """
 
     name: ClassVar[str] = "sla"
+    published: ClassVar[dict[str, str]] = {
+        "attn_op.local_attn.proj_l.weight": "linear_weight", "attn_op.local_attn.proj_l.bias": "linear_bias",
+    }  # fmt: skip
     topk: float
     block_q: int = 128
     block_k: int = 64

@@ -12,7 +12,7 @@ def poisoned_memory(monkeypatch):
     real_empty, real_empty_like, real_new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poison(x):
-        return x.fill_(float("nan")) if x.is_floating_point() and x.device.type == "cpu" else x
+        return x.fill_(float("nan")) if x.is_floating_point() and x.device.type in ("cpu", "cuda") else x
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(real_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(real_empty_like(*a, **k)))

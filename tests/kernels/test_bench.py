@@ -8,10 +8,10 @@ import torch
 
 import linfusion as lf
 from linfusion.cli import main
-from linfusion.kernels import backend
-from linfusion.kernels.bench import checks, command, ops, peers, plots, report, runner, table, timing
+from linfusion.kernels import backend, reference
+from linfusion.kernels.bench import checks, command, ops, peers, plots, report, runner, table, timing, window
 from linfusion.kernels.bench.models import Model, random_model
-from linfusion.kernels.bench.op import WHOLE, Case, Missing, Provider
+from linfusion.kernels.bench.op import DIRECTIONS, WHOLE, Case, Missing, Provider
 from linfusion.kernels.bench.table import Row, Shape
 
 from ..models import TINY
@@ -96,9 +96,12 @@ def test_quantiles():
 # correctness comes first
 
 
+NOT_HERE = ("torch.compile", "fbi-la", "official-", *window.FLEX)  # need a GPU, or take long
+
+
 def little(case):
     """A few tokens of a case, in fp32, which the CPU computes as well as any."""
-    return replace(ops.KERNELS[case.op].cut(case, 40), dtype=torch.float32)
+    return replace(ops.KERNELS[case.op].cut(case, 40), dtype=torch.float32, directions=DIRECTIONS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{c.shape}")
@@ -114,12 +117,31 @@ def test_everybody_computes_the_op(case):
 
     want = checks.in_float64(op, case, op.oracle(case), inputs, upstream).results(True)
     for name, make in op.peers(case).items():
-        for provider in () if name in ("torch.compile", "fbi-la") else make():
+        providers = [] if name.startswith(NOT_HERE) else make()
+        for provider in (p for p in providers if not p.other):
             got = checks.Bound(op, case, provider, inputs, upstream).results(True)
             assert got.keys() == want.keys()
             for tensor, exact in want.items():
                 assert got[tensor].shape == exact.shape
                 assert checks.relative_error(got[tensor], exact) < 1e-5, (name, tensor)
+
+
+@pytest.mark.parametrize("tile", [None, (8, 16)], ids=str)
+@pytest.mark.parametrize("words", [(), ("box",)], ids=str)
+def test_flex_attention_has_the_window(words, tile):
+    """Forward alone: it has no gradients on a CPU."""
+    op = ops.KERNELS["window"]
+    case = little(window._case(2048, 8, *words))
+    inputs = {n: x.detach() for n, x in op.inputs(case, CPU).items()}
+    want = op.oracle(case)(**inputs)
+    provider = window.flex(case.shape, tile, "cpu")
+    got = checks.Bound(op, case, provider, inputs, {"out": want}).results(gradients=False)
+    assert checks.relative_error(got["out"], want.double()) < 1e-5
+    mask = reference.window_mask(
+        case.shape.get("g"), (case.shape.get("r"),) * 2, shape=words[0] if words else "ellipsoid"
+    )
+    text = case.shape.get("t")
+    assert window.pairs(case.shape) == mask.sum() + text * (2 * len(mask) + text)
 
 
 def test_a_view_sees_the_last_of_the_memory():
@@ -166,6 +188,15 @@ def test_a_right_kernel_is_written(session, linear):
     assert written(session) == both and not session.refused
     assert table.read(session.file)[0]._replace(date="") == session.rows[0]._replace(date="")
     assert any("1.00 x torch" in line for line in session.lines)
+
+
+def test_a_peer_with_other_maths(session, linear):
+    """It may leave inputs alone, and nobody says how far off it is."""
+    linear.peers = lambda case: {"exact": lambda: [Provider(lambda q, k, v: 2 * q, other=True)]}
+    runner.measure(linear, linear.case, session)
+    assert [(p, d) for p, d in written(session) if p == "exact"] == [("exact", "forward"), ("exact", "backward")]
+    assert not any("exact" in line and "error" in line for line in session.lines)
+    assert any("linfusion" in line and "error" in line for line in session.lines)
 
 
 def shifted(out, by):

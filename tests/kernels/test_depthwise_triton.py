@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from linfusion.kernels import depthwise_conv, depthwise_launch, reference
+from linfusion.kernels import depthwise_conv, depthwise_launch, launch, reference
 from linfusion.kernels.backend import interpreted, without_triton
 from linfusion.kernels.launch import forget
 
@@ -267,6 +267,7 @@ def test_memory(monkeypatch, size, grid, heads, dim):
 
     empty = torch.empty
     monkeypatch.setattr(depthwise_launch, "triton_kernels", Kernels())
+    monkeypatch.setattr(launch, "_DIRECT", False)
     monkeypatch.setattr(depthwise_launch, "TILES", REAL)
     monkeypatch.setattr(depthwise_launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch, "empty", lambda *a, **k: taken.append(empty(*a, **k)) or taken[-1])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from linfusion.kernels import RopeTables, linear_attention, reference
+from linfusion.kernels import RopeTables, backend, linear_attention, linear_launch, qk_norm_rope, reference
 from linfusion.kernels.backend import interpreted, without_triton
-from linfusion.kernels.launch import forget
+from linfusion.kernels.launch import Launch, forget
 from linfusion.kernels.linear_launch import linear_attention_op
 
 from .test_linear import tables
@@ -186,3 +186,44 @@ def test_whole_graph():
     q, k, v = (random(1, 20, 2, 16).requires_grad_() for _ in range(3))
     compiled = torch.compile(linear_attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), linear_attention(q, k, v))
+
+
+def halves(dim):
+    return RopeTables(*tables(9, dim, False)[:2], interleaved=False)
+
+
+@pytest.mark.parametrize(
+    ("dim", "call", "reason"),
+    [
+        (16, lambda q, k, v: linear_attention(q, k, torch.cat((v, v), -1)), "values have head dim 32"),
+        (24, lambda q, k, v: linear_attention(q, k, v, rope=halves(24)), "a power of two, not 24"),
+        (16, lambda q, k, v: linear_attention(q, k, v, feature_map="softmax", heads=1), "cannot be put in 1"),
+        (16, lambda q, k, v: linear_attention(q, k, v, key_weight=q[..., 0].clone().requires_grad_()), "key_weight"),
+        (16, lambda q, k, v: qk_norm_rope(q.mT.contiguous().mT, k, eps=1e-6), "last dimension"),
+        (16, lambda q, k, v: qk_norm_rope(q.transpose(1, 2).contiguous().transpose(1, 2), k, eps=1e-6), "side by side"),
+    ],
+)  # fmt: skip
+def test_what_pytorch_computes_is_said(caplog, launched, dim, call, reason):
+    backend._log_once.cache_clear()
+    call(*random(3, 2, 9, 2, dim))
+    assert not launched
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "dim"), [(2, 20, 2048, 64), (2, 16, 4096, 72), (1, 24, 4096, 128)]
+)
+def test_memory(monkeypatch, batch, heads, tokens, dim):
+    """What backward takes beside inputs and outputs is under a twentieth of them, with what forward kept for it."""
+    taken, empty = [], torch.empty
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: None)
+    monkeypatch.setattr(linear_launch, "multiprocessors", lambda device: 132)
+    q, k, v, grad = (empty(batch, tokens, heads, dim, dtype=torch.bfloat16, device="meta") for _ in range(4))
+    settings = (None, None, None, None, True, "elu1", "divide", 1e-4, 1.0)
+    recipe = linear_launch._forward_recipe(q, k, v, *settings)
+    _, records = linear_launch.forward_to_keep(q, k, v, *settings, recipe)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: taken.append(empty(*a, **k)) or taken[-1])
+    linear_launch.backward(grad, q, k, v, records, *settings)
+    beside = [records, *(x for x in taken if x.dtype is torch.float32)]
+    assert len(beside) > 1
+    assert sum(x.nbytes for x in beside) < 0.05 * 7 * q.nbytes

@@ -72,6 +72,13 @@ def test_plans_share_their_targets():
     assert (gone.sum(dim=1) == 16).all() and ((more >= still_kept).sum(dim=1) == 46).all()
 
 
+def test_means_of_many_keep_their_precision():
+    x = (torch.randn(1, 1000, 3, generator=torch.Generator().manual_seed(0)) + 30).bfloat16()
+    slots = torch.zeros(1, 1000, dtype=torch.int64)
+    mean = x.double().mean(dim=1, keepdim=True)
+    assert (merge(x, slots, 1).double() - mean).abs().max() <= 0.51 * 16 * torch.finfo(x.dtype).eps
+
+
 def test_gradients_go_through_and_back():
     x = X.clone().requires_grad_()
     (slots,), (left,) = slots_of(x, counts=(40,), cell=3)

@@ -148,11 +148,46 @@ def test_kernels(case, dtype, assert_accurate, launched):
         assert_accurate(name, *values)
 
 
+@pytest.mark.parametrize("dim, image", [(40, 1), (72, 63)])
+def test_sizes(dim, image, assert_accurate):
+    pytest.importorskip("triton")
+    tensors, settings, rope = build(CASES["FLUX, double"], torch.float32, dim, 2, image, 1)
+    results = []
+    for context, to in ((interpreted(), torch.float32), (nullcontext(), torch.float32), (nullcontext(), torch.float64)):
+        t = {n: x.to(to).requires_grad_() for n, x in tensors.items()}
+        with context:
+            outs = call(qk_norm_rope, t, settings, rope)
+            results.append([*outs, *torch.autograd.grad(sum(o.sin().sum() for o in outs), list(t.values()))])
+    for i, values in enumerate(zip(*results, strict=True)):
+        assert_accurate(str(i), *(x.detach() for x in values))
+
+
+@pytest.mark.parametrize("learns", ["nothing", "one weight", "all weights"])
+def test_weights_learn_in_their_own_dtype(learns):
+    """Weights wider than the values keep their digits; frozen ones cost nothing."""
+    pytest.importorskip("triton")
+    tensors, settings, rope = build(CASES["FLUX, double"], torch.float16)
+    names = {"nothing": [], "one weight": ["text_k_weight"], "all weights": [n for n in tensors if "weight" in n]}
+    results = []
+    for context in (interpreted(), nullcontext()):
+        t = {n: x.float() if "weight" in n else x for n, x in tensors.items()}
+        t = {n: x.detach().requires_grad_(n in ("q", *names[learns])) for n, x in t.items()}
+        with context:
+            outs = call(qk_norm_rope, t, settings, rope)
+        loss = outs[0].float().sin().sum() + outs[1].float().cos().sum()
+        results.append(torch.autograd.grad(loss, [x for x in t.values() if x.requires_grad]))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+    assert len(results[0]) == 1 + len(names[learns])
+
+
 def test_strided_parts_and_no_gradient():
     pytest.importorskip("triton")
     fused = random(2, 9, 3 * 48)
     q, k, v = (x.unflatten(-1, (2, 24)) for x in fused.chunk(3, -1))
     text = tuple(x.unflatten(-1, (2, 24)) for x in random(2, 4, 3 * 48).chunk(3, -1))
+    v = v.contiguous()  # laid out unlike the keys
     want = reference.qk_norm_rope(q, k, v, eps=1e-6, text=text)
     with interpreted():
         for a, b in zip(qk_norm_rope(q, k, v, eps=1e-6, text=text), want, strict=True):

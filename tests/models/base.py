@@ -193,7 +193,11 @@ def ddim() -> DDIMScheduler:
 
 def draw(pipe: DiffusionPipeline, channels: int, **arguments) -> Tensor:
     """Two steps on a grid that is not square, for two prompts given as embeddings."""
+    arguments |= {
+        "prompt_embeds": noise(2, TEXT, channels, seed=2), "negative_prompt_embeds": noise(2, TEXT, channels, seed=3)
+    }  # fmt: skip
+    here = pipe._execution_device
+    arguments = {name: x.to(here) if isinstance(x, Tensor) else x for name, x in arguments.items()}
     return pipe(
-        prompt_embeds=noise(2, TEXT, channels, seed=2), negative_prompt_embeds=noise(2, TEXT, channels, seed=3),
         num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent", **arguments,
     ).images  # fmt: skip
