@@ -47,7 +47,7 @@ def serve(
         page = build(desk)
         theme = gr.themes.Default(
             primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO, spacing_size="sm", radius_size="md"
-        )
+        ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # to be read on white
         _, local, public = page.launch(
             server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=quiet, ssr_mode=False,
             theme=theme, css=(HERE / "page.css").read_text(), head=f"<script>{(HERE / 'page.js').read_text()}</script>",

@@ -98,7 +98,7 @@ def scale(top: float, y: Callable[[float], float], left: int, right: int, unit: 
 def ticks(top: float, count: int) -> list[float]:
     """About `count` round numbers from 0 to `top`."""
     step = 10 ** math.floor(math.log10(top / count))
-    step *= next(m for m in (1, 2, 5, 10) if top / (step * m) <= count + 0.5)
+    step *= next(m for m in (1, 2, 2.5, 5, 10) if top / (step * m) <= count + 0.5)
     return [round(i * step, 10) for i in range(int(top / step) + 1)]
 
 

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from linfusion.demos.page import studio as studio_module
-from linfusion.demos.page.app import sweep
 from linfusion.demos.page.studio import MAX_STEPS
 from linfusion.pipelines.generate import Picture
 from linfusion.pipelines.settings import Settings
@@ -200,6 +199,9 @@ def test_fifty_at_once(site, visitor, monkeypatch):
 
 
 def test_old_files_go(tmp_path):
+    pytest.importorskip("gradio")
+    from linfusion.demos.page.app import sweep
+
     over, old, new = threading.Event(), tmp_path / "a" / "old.png", tmp_path / "new.png"
     old.parent.mkdir()
     old.write_text("x")
