@@ -180,6 +180,13 @@ def test_a_picture_is_drawn_again_from_its_file(run, flux):
     assert (a == b).all() and not (a == c).all() and not (a == d).all() and not (a == plain).all()
 
 
+def test_the_demo_says_what_it_needs(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "linfusion.demos.page.app", raising=False)
+    code, _, err = run("demo")
+    assert code == 2 and "linfusion demo needs gradio: pip install 'linfusion[demo]'" in err
+
+
 def test_a_picture_chooses_no_model(run, flux):
     """A file may come from anyone: the model that it names is only loaded where that is asked for here too."""
     run(*draw(flux, "--out", "a.png"))
@@ -443,6 +450,8 @@ MISTAKES = {
         ["generate", "x", "--model", "emoji-flux", "--size", "128"],
         "--size must be between 256 and 1024 pixels for this model, got 128",
     ),
+    "demo-port": (["demo", "--port", "99999"], "--port must be between 1 and 65535, got 99999"),
+    "demo-unknown-model": (["demo", "--model", "nonsense"], "--model nonsense is no embedded model"),
     "describe-unknown-model": (["describe", "--model", "nonsense"], "--model nonsense is no embedded model"),
     "describe-unknown-mechanism": (["describe", "--mechanism", "magic"], "Unknown mechanism"),
 }

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import gradio as gr
@@ -23,6 +23,7 @@ MAX_UPLOAD = 32 * 2**20
 KEEP = 3600
 """Seconds that files of a visit are kept."""
 
+SET = ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED")
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
@@ -37,8 +38,8 @@ def serve(
         OSError: the port is taken.
     """
     desk = Desk(studio)
-    before = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED")}
-    os.environ |= {"GRADIO_TEMP_DIR": str(studio.folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+    before = {name: os.environ[name] for name in SET if name in os.environ}
+    os.environ |= dict(zip(SET, (str(studio.folder), "False"), strict=True))
     page = None
     over = threading.Event()
     sweeper = threading.Thread(target=sweep, args=(studio.folder, over), daemon=True)
@@ -61,16 +62,15 @@ def serve(
         if page is not None:
             page.close(verbose=False)
         shutil.rmtree(studio.folder, ignore_errors=True)
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        for name in SET:
+            del os.environ[name]
+        os.environ |= before
 
 
 def sweep(folder: Path, over: threading.Event, keep: float = KEEP) -> None:
     """Until `over`, remove files that are older than `keep` seconds: pictures, tiles, uploads, previews."""
     while not over.wait(min(60.0, keep)):
-        for file in list(folder.rglob("*")):
-            try:
-                if file.is_file() and time.time() - file.stat().st_mtime > keep:
-                    file.unlink()
-            except OSError:  # somebody else removed it
-                continue
+        for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+            with suppress(OSError):  # somebody else removed it, or the folder is not empty
+                if time.time() - path.stat().st_mtime > keep:
+                    path.rmdir() if path.is_dir() else path.unlink()

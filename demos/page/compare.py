@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def compare(desk: Desk, form: Form) -> list[Picker]:
             async for job, ahead in desk.follow(visitor, lambda j: studio.compare(j, settings, mechanisms), total):
                 update: dict[Any, Any] = {status: render.progress(job, ahead)}
                 if job.state == "done":
-                    update |= finished(visitor, job.result)
+                    update |= await asyncio.to_thread(finished, visitor, job.result)
                 yield update
         except ValueError as error:
             yield {status: render.error(str(error))}

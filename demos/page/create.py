@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -41,13 +42,16 @@ def create(desk: Desk, form: Form) -> tuple[Picker, gr.HTML]:
             settings = replace(settings, mechanism=chosen.read(values[len(NAMES) :]))
             studio.check(settings)
             assert settings.steps is not None
-            yield {draw: gr.update(visible=False), cancel: gr.update(visible=True), download: gr.update(visible=False)}
+            yield {
+                draw: gr.update(visible=False), cancel: gr.update(visible=True), download: gr.update(visible=False),
+                figures: "",
+            }  # fmt: skip
             async for job, ahead in desk.follow(visitor, lambda job: studio.draw(job, settings), settings.steps):
                 update: dict[Any, Any] = {status: render.progress(job, ahead)}
                 if job.partial is not None:
                     update |= {image: gr.update(value=job.partial, visible=True), large: gr.update(visible=False)}
                 if job.state == "done":
-                    update |= finished(job.result, studio.remarks(settings))
+                    update |= await asyncio.to_thread(finished, job.result, studio.remarks(settings))
                 yield update
         except ValueError as error:
             yield {status: render.error(str(error))}

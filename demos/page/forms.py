@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def form(studio: Studio) -> Form:
     with gr.Row(elem_classes="lf-examples"):
         for example in EXAMPLES:
             gr.Button(example, size="sm", min_width=40, scale=0).click(
-                None, None, prompt, js=f"() => {example!r}", api_visibility="private"
+                None, None, prompt, js=f"() => {json.dumps(example)}", api_visibility="private"
             )
     size = gr.Dropdown(
         [(f"{s} x {s}", s) for s in studio.sizes()], value=studio.size, label="Size in pixels", elem_id="size",
@@ -209,7 +210,7 @@ def _about(studio: Studio, name: str) -> str:
 
 def share(names: Sequence[str]) -> str:
     """JavaScript that writes an event's inputs into the address, under these names."""
-    return f"(...values) => window.linfusion.share({list(names)!r}, values)"
+    return f"(...values) => window.linfusion.share({json.dumps(list(names))}, values)"
 
 
 def query(values: Mapping[str, str], studio: Studio) -> dict[str, Any]:

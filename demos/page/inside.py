@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -77,7 +78,9 @@ def inside(desk: Desk, form: Form) -> tuple[Picker, gr.CheckboxGroup]:
                         head: gr.update(choices=heads(looked, 0), value=0),
                         table: render.described(looked.report),
                         place: (0.5, 0.5),
-                    } | dict(zip([*sides, reads, chart], shown(looked, 0, 0, (0.5, 0.5)), strict=True))
+                    }
+                    values = await asyncio.to_thread(shown, looked, 0, 0, (0.5, 0.5))
+                    update |= dict(zip([*sides, reads, chart], values, strict=True))
                 yield update
         except ValueError as error:
             yield {status: render.error(str(error))}

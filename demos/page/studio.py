@@ -19,7 +19,7 @@ from linfusion.mechanisms import MechanismConfig, config_from_dict
 from linfusion.pipelines.facts import call_defaults, check_pipeline, check_request, made_for, remarks, size_multiple
 from linfusion.pipelines.generate import generate, psnr
 from linfusion.pipelines.preview import Preview
-from linfusion.pipelines.settings import Settings, save
+from linfusion.pipelines.settings import Settings, public_name, save
 
 from .attention import Layer, Step, layers
 from .choices import CHOICES, Choice, choices_for
@@ -146,6 +146,8 @@ class Studio:
     def draw(self, job: Job, settings: Settings, before: int = 0) -> Drawn:
         """One picture, with previews in `job.partial`; `before` steps of the job were done for others."""
         assert settings.size is not None and settings.steps is not None
+        if settings.model != public_name(self.model):
+            raise ValueError(f"The model was changed to {public_name(self.model)} meanwhile. Draw again.")
         config = None if settings.mechanism is None else config_from_dict(settings.mechanism)
         label = label_of(config)
         preview, shown, start = Preview(self.pipe, settings.size, settings.size), 0.0, time.monotonic()

@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     def load(name: str) -> Any:
         return load_pipeline(argparse.Namespace(**vars(args) | {"model": name}))
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # containers end it so, and the files have to go
     studio = Studio(load(args.model), args.model, load if args.allow_models else None, args.max_size)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # containers end it so, and the files have to go
     with serve(studio, host=args.host, port=args.port, share=args.share) as (address, _):
         Console().out(f"linfusion demo: {address} (Ctrl+C ends it)", highlight=False)
         while True:
