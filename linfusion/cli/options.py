@@ -11,6 +11,7 @@ from typing import Any
 
 from ..mechanisms import MechanismConfig, config_from_dict, mechanisms
 
+DEFAULT_MODEL = "emoji-flux"
 DTYPES = ("float32", "bfloat16", "float16")
 ADAPTER_HELP = "a trained adapter: one that ships for an embedded model, such as clear, a folder or a Hub id"
 
@@ -18,8 +19,8 @@ ADAPTER_HELP = "a trained adapter: one that ships for an embedded model, such as
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --dtype."""
     parser.add_argument(
-        "--model", default="emoji-flux", metavar="NAME",
-        help="an embedded model, a folder or a Hub id; default the embedded %(default)s",
+        "--model", default=DEFAULT_MODEL, metavar="NAME",
+        help=f"an embedded model, a folder or a Hub id; default the embedded {DEFAULT_MODEL}",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, mps; default cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 elsewhere")
