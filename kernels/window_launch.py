@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
     Attributes:
         own, met: tokens that a program owns, and of a block that it meets.
         warps, stages: and depth of the software pipeline.
-        held: how many of what it owns stay in registers, where others lie in shared memory.
+        held: whether what it owns stays in registers, not in shared memory; a choice for queries' gradients alone.
         registers: of a thread at most, so that more programs run at once; None for as many as there are.
     """
 
@@ -46,14 +46,18 @@ class Blocks(NamedTuple):
     met: int
     warps: int
     stages: int
-    held: int = 0
+    held: bool = False
     registers: int | None = None
 
 
 # by kernel and largest head dim, for 16-bit inputs; measured on an H100 (bench/NOTES.md)
 BLOCKS = {
     "forward": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 3), 256: Blocks(128, 32, 8, 3)},
-    "query": {64: Blocks(64, 64, 4, 3, registers=168), 128: Blocks(64, 64, 4, 3, held=2), 256: Blocks(128, 32, 8, 2)},
+    "query": {
+        64: Blocks(64, 64, 4, 3, registers=168),
+        128: Blocks(64, 64, 4, 3, held=True),
+        256: Blocks(128, 32, 8, 2),
+    },
     "key": {64: Blocks(64, 64, 4, 3, registers=168), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 32, 8, 2)},
 }
 # GPUs before Hopper have less shared memory, 99 KiB at the least; compiled for them, not measured
@@ -144,8 +148,10 @@ def _common(kernel: str, q: Tensor, groups: int, window: Window, masked: bool, a
         "D": dim, "BD": max(16, 1 << (dim - 1).bit_length()), "TF": tile[0], "TY": tile[1], "TX": tile[2],
         "BF": box[0], "BY": box[1], "BX": box[2], "AXES": len(window.grid), "BOX": window.box, "EVEN": table.even,
         "RAGGED": text > 0 and (window.text % block.met != 0 or (last - first) % block.met != 0), "MASKED": masked,
-        "STAGES": block.stages, "HELD": block.held, "num_warps": block.warps,
+        "STAGES": block.stages, "num_warps": block.warps,
     }  # fmt: skip
+    if kernel == "query":
+        settings["HELD"] = block.held
     if block.registers is not None:
         settings["maxnreg"] = block.registers
     numbers = (

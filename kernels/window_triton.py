@@ -223,7 +223,6 @@ def forward_kernel(
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
     EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SAME: tl.constexpr,
     TMA: tl.constexpr, KEEP_LSE: tl.constexpr, MODE: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
-    HELD: tl.constexpr,
 ):  # fmt: skip
     """Out `[B, S, H, D]` and, if kept, log-sum-exps `[B * H, S]`; text leaves a record for each piece in PART
     `[pieces, B * H, text, D + 1]` where there are several.
@@ -254,8 +253,6 @@ def forward_kernel(
     K += b * k_b + h_k * k_h
     V += b * v_b + h_k * v_h
     q = _load(Q, at.to(tl.int64)[:, None] * q_t + cols[None, :], cols, D)
-    if HELD >= 1:
-        q = _held(q)
     if MODE == "fast":
         own = _load(K, at.to(tl.int64)[:, None] * k_t + cols[None, :], cols, D)
         m = tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * scale
@@ -380,10 +377,8 @@ def query_backward_kernel(
     V += b * v_b + h_k * v_h
     q = _load(Q + b * q_b + h * q_h, at.to(tl.int64)[:, None] * q_t + cols[None, :], cols, D)
     do = _load(DO + b * do_b + h * do_h, at.to(tl.int64)[:, None] * do_t + cols[None, :], cols, D)
-    if HELD >= 1:
-        q = _held(q)
-    if HELD >= 2:
-        do = _held(do)
+    if HELD:
+        q, do = _held(q), _held(do)
     place = (b * tokens + at) * heads + h
     out = _load(OUT, place[:, None] * D + cols[None, :], cols, D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
@@ -451,7 +446,7 @@ def key_backward_kernel(
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
     EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, SAME: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, HELD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv `[B, own, H, D]`, of each query head; of text in pieces, fp32 parts `[pieces, B * H, text, 2, D]`.
 
@@ -476,10 +471,6 @@ def key_backward_kernel(
     STATS += lane.to(tl.int64) * tokens * 2
     k = _load(K + b * k_b + h // group * k_h, at.to(tl.int64)[:, None] * k_t + cols[None, :], cols, D)
     v = _load(V + b * v_b + h // group * v_h, at.to(tl.int64)[:, None] * v_t + cols[None, :], cols, D)
-    if HELD >= 1:
-        v = _held(v)
-    if HELD >= 2:
-        k = _held(k)
     dk, dv = tl.zeros((BM, BD), tl.float32), tl.zeros((BM, BD), tl.float32)
     real = there
     if MASKED:

@@ -22,7 +22,7 @@ KERNELS = {"forward_kernel", "query_backward_kernel", "key_backward_kernel"}
 @pytest.fixture(autouse=True)
 def triton(monkeypatch):
     pytest.importorskip("triton")
-    small = window_launch.Blocks(64, 32, 4, 2)
+    small = window_launch.Blocks(64, 32, 4, 2, held=True)
     monkeypatch.setattr(window_launch, "SHORTEST_PIECE", 2)
     if DEVICE == "cpu":
         monkeypatch.setattr(window_launch, "BLOCKS", {name: {256: small} for name in window_launch.BLOCKS})
@@ -253,7 +253,7 @@ from linfusion.kernels import window_triton as kernels
 def build(kernel, **given):
     constants = dict(D=64, BD=64, TF=1, TY=8, TX=8, BF=1, BY=8, BX=8, AXES=2, BOX=False, EVEN=False, RAGGED=True,
                      MASKED=True, POOLED=True, SAME=False, TMA=False, KEEP_LSE=True, MODE="fast", MOST=2.0**60,
-                     LSE_HAS_GRAD=True, STAGES=2, HELD=0) | given
+                     LSE_HAS_GRAD=True, STAGES=2, HELD=False) | given
     constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
     types = {n: "constexpr" if n in constants else "i32" for n in kernel.arg_names}
     halves = ("Q", "K", "V", "PK", "PV", "OUT", "DO", "DQ", "DK", "DV")
@@ -277,7 +277,7 @@ engine = hasattr(triton.language, "make_tensor_descriptor")
 plain = dict(RAGGED=False, MASKED=False, POOLED=False, TMA=engine)
 build(kernels.forward_kernel, AXES=3, BOX=True)
 build(kernels.forward_kernel, MODE="repair", **plain)
-build(kernels.query_backward_kernel, AXES=3, HELD=2, **plain)
+build(kernels.query_backward_kernel, AXES=3, HELD=True, **plain)
 build(kernels.key_backward_kernel, **plain)
 """
 
