@@ -241,8 +241,8 @@ def forward_kernel(
     EARLY makes phi(q) before the loop, which takes memory on the chip; else from q, read again behind it.
 
     What is subtracted from a row's scores is the highest of the first block, which later ones need not wait for. Only
-    if others are higher by far (a sum above MOST, a limit of the inputs' dtype; 0 for none) is it all done again, by
-    the highest so far.
+    if others are higher by far (a sum above MOST, a limit of the inputs' dtype) is it all done again, by the highest
+    so far.
     """
     pair, block, blocked, token, at, left = _program(
         tl.program_id(0), queries, first, kept, kept_at, blocks, pairs, BLOCK_Q, BQ, KEPT
@@ -267,25 +267,22 @@ def forward_kernel(
     record = (pair // group).to(tl.int64)
     if LINEAR == "all" and EARLY:
         part = _weights(q, Z + record * D, cols, blocked, eps, D, PHI)
+    n = tl.load(index, mask=count > 0, other=0) * BLOCK_K
+    keyed = tl.arange(0, BK)
+    there = tl.minimum(BLOCK_K, keys - n)
     s = tl.zeros((BQ, BK), tl.float32)
-    peak = tl.full((BQ,), float("-inf"), tl.float32)
-    if MOST > 0:
-        n = tl.load(index, mask=count > 0, other=0) * BLOCK_K
-        keyed = tl.arange(0, BK)
-        there = tl.minimum(BLOCK_K, keys - n)
-        if left > 0:  # always; products that stand in the loop's own block keep their memory until it ends
-            s = _dot(q, tl.trans(_block(K, KT, b, h_k, first + n, ks, keyed, cols, there, D, True, TMA)))
-        peak = tl.max(tl.where((keyed < there)[None, :], s, float("-inf")), 1) * scale
+    if left > 0:  # always; products that stand in the loop's own block keep their memory until it ends
+        s = _dot(q, tl.trans(_block(K, KT, b, h_k, first + n, ks, keyed, cols, there, D, True, TMA)))
+    peak = tl.max(tl.where((keyed < there)[None, :], s, float("-inf")), 1) * scale
     acc, peak, total = _attend(
         q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, s, peak, keys, first, kept, kept_at, scale,
-        D, BD, BQ, BK, BLOCK_K, STAGES, KEPT, RAGGED, TMA, MOST > 0,
+        D, BD, BQ, BK, BLOCK_K, STAGES, KEPT, RAGGED, TMA, True,
     )  # fmt: skip
-    if MOST > 0:  # noqa: SIM102
-        if tl.sum((total >= MOST).to(tl.int32)) > 0:
-            acc, peak, total = _attend(
-                q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, s, peak - float("inf"), keys, first, kept,
-                kept_at, scale, D, BD, BQ, BK, BLOCK_K, 1, KEPT, RAGGED, TMA, False,
-            )  # fmt: skip
+    if tl.sum((total >= MOST).to(tl.int32)) > 0:
+        acc, peak, total = _attend(
+            q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, s, peak - float("inf"), keys, first, kept,
+            kept_at, scale, D, BD, BQ, BK, BLOCK_K, 1, KEPT, RAGGED, TMA, False,
+        )  # fmt: skip
     tokens = queries + kept
     total = tl.where(total > 0, total, 1.0)  # a list may be empty
     lse = peak.to(LSE.dtype.element_ty) + tl.log2(total)
