@@ -67,7 +67,8 @@ def evaluate(
     if base is None and config.scales != [1.0]:
         raise ValueError("Give --resolution: this pipeline does not tell the size that scales are multiples of.")
     settings: dict[str, Any] = {"steps": config.num_inference_steps, "guidance": config.guidance_scale}
-    figures: dict[str, Any] = {"prompts": len(prompts), "seed": config.seed, "features": config.features, "sizes": {}}
+    figures: dict[str, Any] = {"prompts": len(prompts), "seed": config.seed, "features": config.features}
+    figures |= {"rescaled": config.rescale, "sizes": {}}
     rows: list[tuple[str, Tensor]] = []
     folder.mkdir(parents=True, exist_ok=True)
     for size in sizes:
