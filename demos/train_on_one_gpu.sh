@@ -58,6 +58,8 @@ students() { # model, pictures, folder
     run $left students "$configs" $(trained students) --only measure --retrieval_data "$2" &
     run $left students "$configs" $(trained students) --only measure --retrieval_data "$2" --figures runs/sizes \
         --last_stage --scales 2 4 --num_samples 24 --batch 8 $SIZES &
+    run $left students "$configs" clear sla --only measure --retrieval_data "$2" --figures runs/rescaled --rescale \
+        --last_stage --scales 2 4 --num_samples 24 --batch 8 $SIZES &
     [ "$1" = emoji-flux ] && run $left ablation "$configs/ablation" $(trained ablation) --only measure \
         --retrieval_data "$2" --last_stage --num_samples 256 &
     wait

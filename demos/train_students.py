@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--retrieval_data", help="pictures of the teacher's data, for retrieval top-1")
     parser.add_argument("--num_samples", type=int, default=512, help="captions to measure on (default %(default)s)")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="multiples of 256 pixels to draw at")
+    parser.add_argument("--rescale", action="store_true", help="at other sizes, softmax's temperature for more tokens")
     parser.add_argument("--last_stage", action="store_true", help="measure only that, and not step 0")
     parser.add_argument("--figures", type=Path, help="folder of figures and sheet (default OUTPUT_DIR)")
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time (default %(default)s)")
@@ -141,7 +142,7 @@ def _measure(args: argparse.Namespace, names: list[str]) -> None:
     prompts = [captions()[i] for i in order[: args.num_samples]]
     config = settings.EvalConfig(
         num_samples=args.num_samples, eval_batch_size=args.batch, features="none", num_inference_steps=args.steps,
-        scales=args.scales, resolution=pipe.vae.config.sample_size,
+        scales=args.scales, resolution=pipe.vae.config.sample_size, rescale=args.rescale,
     )  # fmt: skip
     last: dict[str, Path] = {}
     students: dict[str, Callable[[Any], Any]] = {}

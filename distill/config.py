@@ -110,6 +110,10 @@ class EvalConfig:
     eval_batch_size: int = flag(4, "pictures at a time")
     resolution: int | None = flag(None, "of training; default the model's own")
     scales: list[float] = flag([1.0], "multiples of the resolution to draw at")
+    rescale: bool = flag(
+        False, "at other sizes, softmax's temperature for more tokens, for teacher and student; linear mechanisms "
+        "divide by their sum as it is"
+    )  # fmt: skip
     num_inference_steps: int | None = flag(None, "default the pipeline's own")
     guidance_scale: float | None = flag(None, "default the pipeline's own")
     seed: int = flag(0, "picture i starts from noise of seed + i, for teacher and student")

@@ -6,6 +6,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..apply import restore
 from ..describe import describe
 from ..pipelines.facts import made_for
 from ..pipelines.generate import generate
+from ..pipelines.scale import proportional, temperature
 from . import card
 from .config import EvalConfig
 from .data.store import write_json
@@ -65,35 +67,44 @@ def evaluate(
     if base is None and config.scales != [1.0]:
         raise ValueError("Give --resolution: this pipeline does not tell the size that scales are multiples of.")
     settings: dict[str, Any] = {"steps": config.num_inference_steps, "guidance": config.guidance_scale}
-    figures: dict[str, Any] = {"prompts": len(prompts), "seed": config.seed, "features": config.features, "sizes": {}}
+    figures: dict[str, Any] = {"prompts": len(prompts), "seed": config.seed, "features": config.features}
+    figures |= {"rescaled": config.rescale, "sizes": {}}
     rows: list[tuple[str, Tensor]] = []
     folder.mkdir(parents=True, exist_ok=True)
     for size in sizes:
-        restore(pipe)
-        say(f"teacher at {size or 'its own'} pixels")
-        drawing = settings | {"seed": config.seed, "size": size, "batch": config.eval_batch_size}
-        theirs = draw(pipe, prompts, **drawing)
-        pixels = theirs.shape[-1]
-        found: dict[str, Any] = {"teacher seconds a step": _seconds(pipe, prompts[0], size, settings)}
-        found |= {f"teacher {name}": measure(theirs, prompts) for name, measure in (measures or {}).items()}
-        figures["sizes"][str(pixels)] = found
-        rows.append((f"teacher\n{pixels} px", theirs))
-        for label, put_in in students.items():
-            say(f"{label} at {pixels} pixels")
-            put_in(pipe)
-            ours = draw(pipe, prompts, **drawing)
-            found |= {f"{label} {k}": v for k, v in _compare(theirs, ours, features, pipe.device).items()}
-            found[f"{label} seconds a step"] = _seconds(pipe, prompts[0], size, settings)
-            found[f"{label} attention work left"] = describe(pipe).attention_work_left
-            found |= {f"{label} {name}": measure(ours, prompts) for name, measure in (measures or {}).items()}
-            rows.append((f"{label}\n{pixels} px", ours))
+        with _more_tokens(pipe, size, base) if config.rescale else nullcontext():
             restore(pipe)
-            write_json(folder / card.FIGURES, figures)  # who stops a long evaluation keeps what was measured so far
+            say(f"teacher at {size or 'its own'} pixels")
+            drawing = settings | {"seed": config.seed, "size": size, "batch": config.eval_batch_size}
+            theirs = draw(pipe, prompts, **drawing)
+            pixels = theirs.shape[-1]
+            found: dict[str, Any] = {"teacher seconds a step": _seconds(pipe, prompts[0], size, settings)}
+            found |= {f"teacher {name}": measure(theirs, prompts) for name, measure in (measures or {}).items()}
+            figures["sizes"][str(pixels)] = found
+            rows.append((f"teacher\n{pixels} px", theirs))
+            for label, put_in in students.items():
+                say(f"{label} at {pixels} pixels")
+                put_in(pipe)
+                ours = draw(pipe, prompts, **drawing)
+                found |= {f"{label} {k}": v for k, v in _compare(theirs, ours, features, pipe.device).items()}
+                found[f"{label} seconds a step"] = _seconds(pipe, prompts[0], size, settings)
+                found[f"{label} attention work left"] = describe(pipe).attention_work_left
+                found |= {f"{label} {name}": measure(ours, prompts) for name, measure in (measures or {}).items()}
+                rows.append((f"{label}\n{pixels} px", ours))
+                restore(pipe)
+                write_json(folder / card.FIGURES, figures)  # who stops a long evaluation keeps what was measured so far
     write_json(folder / card.FIGURES, figures)
     sheet(rows, prompts[:8], folder / card.SHEET)
     if (folder / card.FACTS).is_file():
         card.write(folder)
     return figures
+
+
+def _more_tokens(pipe: Any, size: int | None, base: int | None) -> AbstractContextManager[None]:
+    """Attention's temperature for a picture of `size` by a model of `base` pixels."""
+    if size is None or base is None or size == base:
+        return nullcontext()
+    return temperature(pipe, proportional(pipe, (size, size), (base, base)))
 
 
 def _compare(theirs: Tensor, ours: Tensor, features: Any, device: torch.device) -> dict[str, float | None]:

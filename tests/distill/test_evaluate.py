@@ -105,3 +105,23 @@ def test_what_was_measured_stays(tmp_path):
         evaluate(pipe, PROMPTS, config, students, folder=tmp_path)
     found = json.loads((tmp_path / card.FIGURES).read_text())["sizes"][str(SIZES["sd"])]
     assert found["same psnr"] == 100 and "same lpips" not in found
+
+
+def test_rescaled(tmp_path, name):
+    """Teacher and student at another size than the model's own, with a temperature for its tokens; then as before."""
+    pipe, drawn = build(name), []
+    measures = {"all": lambda pictures, prompts: drawn.append(pictures) or 0.0}
+    students = {"window": lambda p: lf.apply(p, lf.CLEAR(2))}
+    for rescale in (False, True, False):
+        config = EvalConfig(
+            num_samples=1,
+            resolution=SIZES[name],
+            scales=[1, 2],
+            num_inference_steps=1,
+            features="none",
+            rescale=rescale,
+        )
+        evaluate(pipe, PROMPTS, config, students, folder=tmp_path, measures=measures)
+    first, second, third = drawn[:4], drawn[4:8], drawn[8:]
+    assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
+    assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == [True, True, False, False]
