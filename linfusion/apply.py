@@ -144,6 +144,21 @@ def applied(pipe_or_model: Host, mechanism: Choice, **settings: Any) -> Iterator
         restore(pipe_or_model)
 
 
+@contextmanager
+def kept(pipe_or_model: Host) -> Iterator[Host]:
+    """Whatever is applied or restored within the with block, afterwards stands what stood before, weights and all."""
+    models = denoisers(pipe_or_model)
+    before = [(model, record_of(model)) for model in models]
+    try:
+        yield pipe_or_model
+    finally:
+        changed = [(model, record) for model, record in before if record_of(model) is not record]
+        moved = any(record is not None and _has_parameters(record) for _, record in changed)
+        with without_sequential_offload(pipe_or_model, models, moved or _has_originals(models)):
+            for model, record in changed:
+                _put_back(model, record)
+
+
 def attn_processors(
     model: Any, mechanism: Choice, *, layers: Layers = None, fuse_prologue: bool = True
 ) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def save(
         ValueError: nothing is applied, more than one model is changed, a pattern matches nothing, no layer has that
             PEFT adapter, or there is no such place.
         NotImplementedError: the model is offloaded layer by layer.
+        OSError: the disk is full.
     """
     changed = [(m, r) for m in denoisers(pipe_or_model) if (r := record_of(m)) is not None]
     if len(changed) != 1:

@@ -404,13 +404,14 @@ def test_radii_for_other_grids(model, before, radius):
         *(lambda r=r: lf.CLEAR(r) for r in ((), (3,), (1, -1), (1, 2, 3, 4))),
         *(lambda p=p: lf.CLEAR(2, pool=p) for p in (0, -1, 1.5, True, None)),
         *(lambda n=n: lf.LiT(kernel_size=n) for n in (0, 2, 2.5, True)),
+        lambda: lf.LiT(normalize="none"),
         *(lambda n=n: lf.Agent(n) for n in (0, 2.5, True, (), (2, 0))),
         *(lambda m=m: lf.LinFusion(mid_dim=m) for m in (0, -1, 2.5, True, "8")),
         *(lambda e=e: lf.LinFusion(eps=e) for e in (-1, math.nan, "x", None)),
     ],
 )
 def test_settings_out_of_range(make):
-    with pytest.raises(ValueError, match=r"(radius|pool|kernel_size|agents|mid_dim|eps) must be .*, got "):
+    with pytest.raises(ValueError, match=r"(radius|pool|kernel_size|agents|mid_dim|eps|normalize) must be .*, got "):
         make()
 
 

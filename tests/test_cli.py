@@ -167,6 +167,37 @@ def test_guidance_prompt_and_dtype_arrive(run, sd):
     assert not (a == b).all() and not (a == c).all() and not (a == d).all()
 
 
+def test_a_picture_is_drawn_again_from_its_file(run, flux):
+    """--from: pixel for pixel, whatever was asked; what is given besides comes first."""
+    asked = ["--mechanism", "clear", "--radius", 2, "--seed", 5, "--guidance", 2.5]
+    run(*draw(flux, *asked, "--out", "a.png"))
+    run(*draw(flux, "--out", "plain.png"))
+    again = ["generate", "--model", flux, "--from", "a.png", "--device", "cpu"]
+    for name, more in (("b", []), ("c", ["--seed", 6]), ("d", ["--mechanism", "softmax"])):
+        code, _, err = run(*again, *more, "--out", f"{name}.png")
+        assert code == 0, err
+    a, b, c, d, plain = (np.asarray(Image.open(f"{n}.png")) for n in ("a", "b", "c", "d", "plain"))
+    assert (a == b).all() and not (a == c).all() and not (a == d).all() and not (a == plain).all()
+
+
+def test_the_demo_says_what_it_needs(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "linfusion.demos.page.app", raising=False)
+    code, _, err = run("demo")
+    assert code == 2 and "linfusion demo needs gradio: pip install 'linfusion[demo]'" in err
+
+
+def test_a_picture_chooses_no_model(run, flux):
+    """A file may come from anyone: the model that it names is only loaded where that is asked for here too."""
+    run(*draw(flux, "--out", "a.png"))
+    code, _, err = run("generate", "--from", "a.png", "--out", "b.png")
+    assert code == 2 and f"a.png was drawn with --model {flux.name}; add that if you trust it" in err
+    code, _, err = run("generate", "--from", "missing.png")
+    assert code == 2 and "missing.png" in err
+    code, _, err = run("generate")
+    assert code == 2 and "The prompt is missing" in err
+
+
 def test_adapters(run, tmp_path, flux):
     """--adapter brings mechanism, settings and weights; --untrained leaves the weights out, those of the host too."""
     pipe = FluxPipeline.from_pretrained(flux)
@@ -188,6 +219,22 @@ def test_adapters(run, tmp_path, flux):
         assert figures["mechanism"] == "clear"
     trained, untrained, plain = (np.asarray(Image.open(f"{n}.png")) for n in ("trained", "untrained", "plain"))
     assert (untrained == plain).all() and not (trained == plain).all()
+
+
+def test_adapters_that_ship(run, monkeypatch, tmp_path, flux):
+    """Of an embedded model only, by name; another model's folder is full of config.json, too."""
+    from linfusion.cli.options import adapter_source
+    from linfusion.demos import embedded
+
+    monkeypatch.setattr(embedded, "ADAPTERS", tmp_path)
+    lf.save(lf.apply(FluxPipeline.from_pretrained(flux), lf.CLEAR(2)), tmp_path / "clear")
+    (tmp_path / "emoji-flux").mkdir()
+    (tmp_path / "clear").rename(tmp_path / "emoji-flux" / "clear")
+    assert adapter_source("clear", "emoji-flux") == str(tmp_path / "emoji-flux" / "clear")
+    code, _, err = run(*draw(flux, "--adapter", "transformer"))
+    assert code == 2 and "none that ships for" in err
+    with pytest.raises(ValueError, match=r"sla is no folder here, no Hub id, and none that ships .*-flux \(clear\)"):
+        adapter_source("sla", "emoji-flux")
 
 
 def test_adapters_are_read_once(run, monkeypatch, tmp_path, sd):
@@ -419,6 +466,8 @@ MISTAKES = {
         ["generate", "x", "--model", "emoji-flux", "--size", "128"],
         "--size must be between 256 and 1024 pixels for this model, got 128",
     ),
+    "demo-port": (["demo", "--port", "99999"], "--port must be between 1 and 65535, got 99999"),
+    "demo-unknown-model": (["demo", "--model", "nonsense"], "--model nonsense is no embedded model"),
     "describe-unknown-model": (["describe", "--model", "nonsense"], "--model nonsense is no embedded model"),
     "describe-unknown-mechanism": (["describe", "--mechanism", "magic"], "Unknown mechanism"),
 }
@@ -552,5 +601,6 @@ def test_as_a_process(tmp_path, flux):
     done = shell(*draw("nonsense"))
     assert done.returncode == 2 and done.stdout == ""
     assert [line for line in done.stderr.splitlines() if line] == [
-        "linfusion: error: --model nonsense is no embedded model (emoji-flux), no folder here and no Hub id."
+        f"linfusion: error: --model nonsense is no embedded model ({', '.join(embedded.PIPELINES)}), no folder here and"
+        " no Hub id."
     ]

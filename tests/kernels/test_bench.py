@@ -9,12 +9,12 @@ import torch
 import linfusion as lf
 from linfusion.cli import main
 from linfusion.kernels import backend, reference
-from linfusion.kernels.bench import checks, command, ops, peers, plots, report, runner, table, timing, window
+from linfusion.kernels.bench import checks, command, ops, pages, peers, plots, report, runner, table, timing, window
 from linfusion.kernels.bench.models import Model, random_model
 from linfusion.kernels.bench.op import DIRECTIONS, WHOLE, Case, Missing, Provider
 from linfusion.kernels.bench.table import Row, Shape
 
-from ..models import TINY
+from ..models import HOSTS, TINY
 
 CPU = torch.device("cpu")
 CASES = [case for op in ops.KERNELS.values() for case in op.cases]
@@ -364,6 +364,25 @@ def test_plots_are_drawn(made_up, tmp_path):
     assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 5000 for p in drawn)
 
 
+def test_pages_are_filled(made_up, tmp_path):
+    """Between the marks alone, as often as one likes."""
+    page, other = tmp_path / "linear.md", tmp_path / "other.md"
+    marks = ("<!-- rows of {}, made by linfusion bench --plots -->", "<!-- end -->\n")
+    page.write_text(
+        "before\n" + "\nbetween\n".join(f"{marks[0].format(op)}\nold\n{marks[1]}" for op in ("linear", "lit"))
+    )
+    other.write_text("old\n")
+    for _ in range(2):
+        assert pages.fill(made_up, tmp_path) == [page]
+    first, second = page.read_text().split("\nbetween\n")
+    rows = first.splitlines()[2:-1]
+    assert first.startswith("before\n<!-- rows of linear") and second.splitlines()[1:-1] == ["Not measured yet."]
+    assert rows[0].startswith("| shape | direction | ms |") and "old" not in first + second
+    ours = [r for r in report.latest(table.read(made_up)) if r.op == "linear" and r.provider == "linfusion"]
+    assert len(rows) - 2 == len(ours) > 0 and f"| {ours[0].shape} | {ours[0].direction} |" in rows[2]
+    assert other.read_text() == "old\n"
+
+
 # the command
 
 
@@ -419,3 +438,24 @@ def test_parts():
 def test_names():
     assert all(case.op == name for name, op in ops.OPS.items() for case in op.cases)
     assert len({(c.op, c.shape) for c in CASES}) == len(CASES)
+
+
+def test_only_self_attention_is_replaced():
+    """By the others' in a whole model: with the values as they are, and with the host's own."""
+    from diffusers.models.transformers import transformer_wan as host
+
+    from linfusion.kernels.bench.denoisers import self_attention_by
+
+    model, inputs, stock = HOSTS["wan"].build(), HOSTS["wan"].inputs(2, 3), host.dispatch_attention_fn
+    with torch.no_grad():
+        want, lengths = model(**inputs)[0], []
+
+        def same(q, k, v):
+            lengths.append(q.shape[1])
+            return stock(q, k, v)
+
+        with self_attention_by(lambda: same):
+            assert torch.equal(model(**inputs)[0], want)
+        with self_attention_by(lambda: lambda q, k, v: v):
+            assert not torch.allclose(model(**inputs)[0], want)
+        assert torch.equal(model(**inputs)[0], want) and lengths == [12] * 2
