@@ -54,6 +54,7 @@ class SLA(MechanismConfig):
 class SLAAttention(Mechanism):
     config: SLA
     needs = frozenset({"references"})
+    kernel = "sparse_linear_attention"
 
     def __init__(self, config: SLA, site: Site) -> None:
         super().__init__(config, site)
