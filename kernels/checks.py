@@ -105,8 +105,8 @@ def check_radius(radius: float | Sequence[float], axes: int | None = None) -> tu
     values = tuple(radius) if isinstance(radius, (tuple, list)) else (radius,)
     for r in values:
         if isinstance(r, bool) or not isinstance(r, (int, float)) or not math.isfinite(r) or r <= 0:
-            raise ValueError(f"radius must be positive (tokens of the layer's grid), got {radius!r}.")
-    if len(values) not in (1, 2, 3):
+            raise ValueError(f"radius must be positive and finite (tokens of the layer's grid), got {radius!r}.")
+    if len(values) not in (2, 3) and isinstance(radius, (tuple, list)):
         raise ValueError(f"radius must be one number, or one per axis of the grid (2 or 3), got {radius!r}.")
     if axes is not None:
         if len(values) == 1:

@@ -400,7 +400,8 @@ def test_radii_for_other_grids(model, before, radius):
 @pytest.mark.parametrize(
     "make",
     [
-        *(lambda r=r: lf.CLEAR(r) for r in (0, -1, math.nan, math.inf, True, "8", None, (), (1, -1), (1, 2, 3, 4))),
+        *(lambda r=r: lf.CLEAR(r) for r in (0, -1, math.nan, math.inf, True, "8", None)),
+        *(lambda r=r: lf.CLEAR(r) for r in ((), (3,), (1, -1), (1, 2, 3, 4))),
         *(lambda p=p: lf.CLEAR(2, pool=p) for p in (0, -1, 1.5, True, None)),
         *(lambda n=n: lf.LiT(kernel_size=n) for n in (0, 2, 2.5, True)),
         lambda: lf.LiT(normalize="none"),

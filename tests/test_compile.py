@@ -38,9 +38,13 @@ def compiled_hosts() -> dict:
     }
 
 
-def small_flux() -> FluxTransformer2DModel:
-    """One block of each kind."""
-    return FluxTransformer2DModel.from_config(dict(flux().config) | {"num_layers": 1, "num_single_layers": 1})
+def small_flux(single: int = 1) -> FluxTransformer2DModel:
+    """One double block, and so many single ones."""
+    return FluxTransformer2DModel.from_config(dict(flux().config) | {"num_layers": 1, "num_single_layers": single})
+
+
+def small_pixart(layers: int = 1) -> PixArtTransformer2DModel:
+    return PixArtTransformer2DModel.from_config(dict(pixart().config) | {"num_layers": layers})
 
 
 def one_each(model) -> dict:
@@ -101,13 +105,13 @@ def test_flux_compiles_where_nothing_needs_the_grid(dynamo):
 @pytest.mark.parametrize("name", ["unet", "pixart", "flux"])
 def test_local_branches_agents_and_blocks_compile(dynamo, name):
     """As above, for mechanisms whose shapes depend on the grid; in FLUX it is a tensor while the graph is traced."""
-    model = {"unet": compiled_hosts()["unet"], "pixart": pixart, "flux": small_flux}[name]()
+    model = {"unet": compiled_hosts()["unet"], "pixart": lambda: small_pixart(3), "flux": lambda: small_flux(2)}[name]()
     first, second, *others = (r.layer for r in lf.describe(model).layers if r.reason == "not chosen")
     sla, lit, agent = CONFIGS[4:]
     rules = {
         "unet": dict.fromkeys((first, second), agent) | dict.fromkeys(others[:1], sla) | {"*": lit},
-        "pixart": {first: sla, second: lf.LiT(heads=1, text="linear")},
-        "flux": {first: lf.LiT(heads=1, text="linear"), second: agent},
+        "pixart": {first: sla, second: lf.LiT(heads=1, text="linear"), "*": agent},
+        "flux": {first: lf.LiT(heads=1, text="linear"), second: agent, "*": sla},
     }[name]
     model = apply(lively(model).eval(), rules)
     dynamic = False if name == "unet" else None
@@ -158,18 +162,19 @@ def wide(inputs, step):
     return inputs | {"timestep": torch.tensor([step, step])}
 
 
-@pytest.mark.parametrize("how", ["whole", "blocks"])
-def test_agent_sd_compiles(dynamo, how):
+@pytest.mark.parametrize(("host", "how"), [("unet-sd15", "whole"), ("unet-sd15", "blocks"), ("pixart", "whole")])
+def test_agent_sd_compiles(dynamo, host, how):
     """One graph for early and late steps: it reads the noise level and draws its targets when it runs."""
-    plain = lf.apply(lively(one_layer_unet()).eval().double(), lf.AgentSD(cell=2))
+    make = small_pixart if host == "pixart" else one_layer_unet
+    plain = lf.apply(lively(make()).eval().double(), lf.AgentSD(cell=2))
     model = copy.deepcopy(plain)
     never = lf.apply(copy.deepcopy(plain), lf.AgentSD(cell=2, early=0.0))
     if how == "whole":
         model = torch.compile(model, fullgraph=True, backend="aot_eager")
     else:
         model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    for grid in ((8, 8), (16, 4)):
-        inputs = TINY["unet-sd15"].inputs(*grid)
+    for grid in ((8, 8), (16, 4)) if host == "unet-sd15" else ((8, 8),):
+        inputs = TINY[host].inputs(*grid)
         for step in (650, 651, 550):
             with torch._dynamo.config.patch(error_on_recompile=step != 650):
                 got, want = (forward(m, wide(inputs, step)) for m in (model, plain))

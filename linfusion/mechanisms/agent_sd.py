@@ -100,15 +100,21 @@ class AgentSDAttention(Mechanism):
                 f"{x.shape[1]}. Does something else merge tokens in this model?"
             )
         early = self.early()
-        few, fewer = self.left(grid, config.cell)
         if torch.compiler.is_compiling():  # one graph for all steps: it makes agents for late ones too
+            few, fewer = self.left(grid, config.cell)
             if few != self.left(grid, config.late_cell)[0]:
                 raise NotImplementedError(
                     "In one graph AgentSD has to leave equally many tokens in early and in late steps; with "
                     f"merge={config.merge} it does not. Use less, or torch.compile without fullgraph."
                 )
-        elif not early:
-            few, fewer = self.left(grid, config.late_cell)
+        else:
+            side = config.cell if early else config.late_cell
+            if min(grid) < side:
+                raise ValueError(
+                    f"{self.site.name}: a grid of {' x '.join(map(str, grid))} tokens is smaller than AgentSD's cell "
+                    f"of {side} x {side}. Draw a larger picture, or use a smaller {'cell' if early else 'late_cell'}."
+                )
+            few, fewer = self.left(grid, side)
         cell = torch.where(early, config.cell, config.late_cell)
         # another draw for each step and layer, the same draw whenever this one is run again
         seed = (time * 1e6).round().long() + self.salt

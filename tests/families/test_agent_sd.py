@@ -197,7 +197,7 @@ def test_called_without_the_model_or_on_too_small_a_grid():
     forward(model, inputs)
     with pytest.raises(ValueError, match=r"before the layer's norm"):
         model.down_blocks[0].attentions[0].transformer_blocks[0].attn1(torch.randn(1, 64, 16))
-    with pytest.raises(ValueError, match=r"no 4 x 4 cell"):
+    with pytest.raises(ValueError, match=r"attn1: a grid of 2 x 20 tokens .* 4 x 4\. .* smaller cell"):
         forward(model, HOSTS["unet-sd15"].inputs(2, 20) | {"timestep": EARLY})
 
 
