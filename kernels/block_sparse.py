@@ -14,7 +14,7 @@ from .backend import shared_memory, why_not_triton
 from .checks import block_counts, check_block_map, check_qkv, check_routing, repeat_heads
 from .eager import differentiable
 from .routing_launch import MOST_BLOCKS, by_keys, from_map, route, to_map
-from .sparse_launch import ROOM, Linear, Problem, attend, key_gradients, query_gradients
+from .sparse_launch import ROOM, Linear, Problem, attend, key_gradients, query_gradients, sums_dtype
 from .sparse_linear_torch import block_means, to_blocks
 from .window_torch import attention_backward
 
@@ -141,7 +141,7 @@ def _triton_op(
 
 @_triton_op.register_fake
 def _(q, k, v, chosen, block_q, block_k, scale):
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=sums_dtype(q))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 

@@ -100,20 +100,25 @@ def _rope(cos: Tensor | None, interleaved: bool) -> tuple[tuple[int, ...], str]:
 
 def state_pass(
     k: Tensor, v: Tensor, feature_map: str, *, budget: float, affine: bool, planes: int,
-    weight_strides: tuple[int, ...], table_strides: tuple[int, ...], rope: str,
+    weight_strides: tuple[int, ...], table_strides: tuple[int, ...], rope: str, means: bool = False,
+    stages: int | None = None,
 ) -> tuple[Launch, tuple[int, ...]]:  # fmt: skip
     """The launch of `state_kernel` on tensors like these, and the shape of its records.
 
     Args:
         budget: bytes for the records.
         planes: how many weights each token has, 0, 1 or 3; `weight_strides` are theirs, that of planes last.
+        means: whether to leave the means of the keys that the kernel takes at once, too.
+        stages: depth of the software pipeline, None for the table's.
     """
     batch, tokens, heads, dim = k.shape
     grid, chunk, settings = plan("state", k, v, budget=budget)
+    if stages is not None:
+        settings["STAGES"] = stages
     run = Launch(
         triton_kernels.state_kernel, grid,
         (tokens, chunk, heads, *k.stride()[:3], *v.stride()[:3], *weight_strides, *table_strides),
-        settings | {"PHI": feature_map, "ROPE": rope, "PLANES": planes, "AFFINE": affine},
+        settings | {"PHI": feature_map, "ROPE": rope, "PLANES": planes, "AFFINE": affine, "BLOCK_MEANS": means},
     )  # fmt: skip
     return run, (batch * heads, grid[0], dim + 2, dim)
 
@@ -145,30 +150,41 @@ def _strides(weight: Tensor | None) -> tuple[int, ...]:
 
 @Remembered
 def _records_recipe(
-    k: Tensor, v: Tensor, feature_map: str, budget: float, affine: bool, planes: Tensor | None, weight: Tensor | None
-) -> tuple[Launch, tuple[int, ...]]:
+    k: Tensor, v: Tensor, feature_map: str, budget: float, affine: bool, planes: Tensor | None, weight: Tensor | None,
+    means: bool, stages: int | None,
+) -> tuple[Launch, tuple[int, ...]]:  # fmt: skip
     strides = _strides(weight) if planes is None else (*planes.stride()[1:], planes.stride(0))
     return state_pass(
         k, v, feature_map, budget=budget, affine=affine, planes=3 if planes is not None else int(weight is not None),
-        weight_strides=strides, table_strides=(0, 0, 0), rope="none",
+        weight_strides=strides, table_strides=(0, 0, 0), rope="none", means=means, stages=stages,
     )  # fmt: skip
 
 
 def partial_records(
     k: Tensor, v: Tensor, feature_map: str, *, budget: float, affine: bool = False, planes: Tensor | None = None,
-    weight: Tensor | None = None, count: Tensor | None = None,
+    weight: Tensor | None = None, count: Tensor | None = None, means: Tensor | None = None,
+    stages: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Records `[B * H, parts, D + 2, D]` in fp32 of `state_kernel`, to be added up; at most `budget` bytes.
 
     Args:
         planes: three weights of each token `[3, B, S, H]` (two unless `affine`), or else
         weight, count: one `[B, S, H]`, and how many keys the means are over `[B]`.
+        means: takes the means of blocks of `tokens_at_once(k)` keys, `[B * H, blocks, D]` in fp32.
+        stages: depth of the software pipeline, None for that of `linear_attention`.
     """
-    run, shape = _records_recipe(k, v, feature_map, budget, affine, planes, weight)
+    run, shape = _records_recipe(k, v, feature_map, budget, affine, planes, weight, means is not None, stages)
     records = torch.empty(shape, dtype=torch.float32, device=k.device)
     weights = next((x for x in (planes, weight) if x is not None), k)
-    run(k, v, weights, k if count is None else count, k, k, records)
+    run(k, v, weights, k if count is None else count, k, k, records, records if means is None else means)
     return records
+
+
+def tokens_at_once(k: Tensor) -> int:
+    """Of how many keys `partial_records` can make the means on its way; 0 for none."""
+    if k.element_size() == 4:
+        return 0
+    return next(sizes.tokens for most, sizes in BLOCKS["state"].items() if k.shape[-1] <= most)
 
 
 class Forward(NamedTuple):
@@ -223,7 +239,7 @@ def forward(
     if cos is None or sin is None:
         cos = sin = q
     records = torch.empty(recipe.records, dtype=torch.float32, device=q.device)
-    recipe.state(k, v, weight, count, cos, sin, records)
+    recipe.state(k, v, weight, count, cos, sin, records, records)
     if recipe.summed:
         records = records.sum(1, keepdim=True)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -314,7 +330,7 @@ def backward(
     else:
         planes = torch.empty(recipe.planes, dtype=torch.float32, device=q.device)
         recipe.query(q, grad, records, cos, sin, dq, planes)
-        recipe.state(q, grad, planes, q, cos, sin, partial)
+        recipe.state(q, grad, planes, q, cos, sin, partial, partial)
     if recipe.summed:
         partial = partial.sum(1, keepdim=True)
     if scale != 1.0:

@@ -195,15 +195,17 @@ def _store_record(R, state, ksum, vsum, tile, D: tl.constexpr, BD: tl.constexpr,
 
 @triton.jit
 def state_kernel(
-    K, V, W, COUNT, COS, SIN, OUT, tokens, chunk, heads,
+    K, V, W, COUNT, COS, SIN, OUT, MEANS, tokens, chunk, heads,
     kb, ks, kh, vb, vs, vh, wb, ws, wh, wp, cb, cs, ch,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
     ALIGN: tl.constexpr, PHI: tl.constexpr, ROPE: tl.constexpr, PLANES: tl.constexpr, AFFINE: tl.constexpr,
+    BLOCK_MEANS: tl.constexpr,
 ):  # fmt: skip
     """A partial record of `chunk` keys and values: grid (chunks, B * heads, tiles of v's channels).
 
     `W` weights phi(k) in all sums where it has one plane, and the means are over `COUNT` keys. The three planes that
     `query_backward_kernel` leaves weight phi, then the sum of phi besides, and the sum of v; there the sums stay sums.
+    BLOCK_MEANS, for 16-bit inputs: the means of every BS keys themselves, in `MEANS` `[B * heads, blocks, D]`.
     """
     part, bh, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -226,6 +228,10 @@ def state_kernel(
         phi = _features(k, cols, D, PHI)
         w = tl.where(rows < left, 1.0, 0.0)
         once = w
+        if BLOCK_MEANS:
+            mean = _from_column(_dot(tl.trans(k), _column(w).to(k.dtype))) / tl.minimum(BS, left)
+            place = MEANS + (bh.to(tl.int64) * tl.cdiv(tokens, BS) + start // BS) * D + cols
+            tl.store(place, mean, mask=(cols < D) & (tile == 0))
         if PLANES > 0:
             place = W + b * wb + h * wh + (at + rows) * ws
             w = tl.load(place, mask=rows < left, other=0.0).to(tl.float32)

@@ -9,6 +9,8 @@ import triton.language as tl
 
 from .linear_triton import _aligned
 
+HUGE = tl.constexpr(3.0e38)
+
 
 @triton.jit
 def means_kernel(
@@ -60,7 +62,7 @@ def centre_kernel(
 @triton.jit
 def scores_kernel(
     PQ, PK, CENTRE, OUT, queries, keys, group,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of query block means and centred key block means: grid (tiles of queries, tiles of keys, B * H)."""
     bh = tl.program_id(2).to(tl.int64)
@@ -75,20 +77,32 @@ def scores_kernel(
         a = tl.load(PQ + m[:, None] * D + cols[None, :], mask=(m < queries)[:, None] & ok[None, :], other=0.0)
         b = tl.load(PK + n[:, None] * D + cols[None, :], mask=(n < keys)[:, None] & ok[None, :], other=0.0)
         b -= tl.load(CENTRE + cols, mask=ok, other=0.0)[None, :]
-        scores = tl.dot(a, tl.trans(b), scores, input_precision="ieee")
+        scores = tl.dot(a, tl.trans(b), scores, input_precision=PRECISION)
     place = bh * queries * keys + m.to(tl.int64)[:, None] * keys + n[None, :]
     tl.store(OUT + place, scores, mask=(m < queries)[:, None] & (n < keys)[None, :])
 
 
 @triton.jit
-def _highest(order, there, count):
-    """Which are the `count` highest of each row of `order` (uint32); of equals the first ones."""
-    least = tl.zeros((order.shape[0],), tl.uint32)
-    for bit in tl.static_range(32):
-        raised = least | tl.full((order.shape[0],), 1 << (31 - bit), tl.uint32)
-        enough = tl.sum((there & (order >= raised[:, None])).to(tl.int32), 1) >= count
-        least = tl.where(enough, raised, least)
-    above, equal = there & (order > least[:, None]), there & (order == least[:, None])
+def _highest(x, there, count):
+    """Which are the `count` highest of each row of `x`; of equals the first ones.
+
+    Bisection between the row's least and highest number, until exactly `count` are no lower, or no number is between.
+    """
+    least = tl.min(tl.where(there, x, HUGE), 1)
+    beyond = tl.max(tl.where(there, x, -HUGE), 1)
+    # the highest itself is enough where there are `count` of it
+    ties = tl.sum((there & (x >= beyond[:, None])).to(tl.int32), 1) >= count
+    least = tl.where(ties, beyond, least)
+    middle = least * 0.5 + beyond * 0.5
+    open = ((middle > least) & (middle < beyond)).to(tl.int32)
+    while tl.sum(open) > 0:
+        no_lower = tl.sum((there & (x >= middle[:, None])).to(tl.int32), 1)
+        least = tl.where((open > 0) & (no_lower >= count), middle, least)
+        beyond = tl.where((open > 0) & (no_lower < count), middle, beyond)
+        middle = least * 0.5 + beyond * 0.5
+        open = (open > 0) & (no_lower != count) & (middle > least) & (middle < beyond)
+        open = open.to(tl.int32)
+    above, equal = there & (x > least[:, None]), there & (x == least[:, None])
     room = count - tl.sum(above.to(tl.int32), 1)
     return above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room[:, None]))
 
@@ -120,14 +134,12 @@ def select_kernel(
     else:
         there = (m < queries + 1)[:, None] & (n < keys)[None, :]
         place = SCORES + (bh * queries + m)[:, None] * keys + n[None, :]
-        x = tl.load(place, mask=there & (m < queries)[:, None], other=0.0) + 0.0  # no -0: it equals 0
-        bits = x.to(tl.int32, bitcast=True)
-        # so that bits are in the order of the numbers
-        order = (bits ^ tl.where(bits < 0, -1, -2147483648)).to(tl.uint32, bitcast=True)
-        best = _highest(order, there, chosen)
+        x = tl.load(place, mask=there & (m < queries)[:, None], other=0.0)
+        x = tl.where(x > -HUGE, tl.minimum(x, HUGE), -HUGE)  # neither infinite nor NaN
+        best = _highest(x, there, chosen)
         _write(INDEX, START, m, n, best, queries, chosen)
         if SECOND > 0:
-            above = _highest(order, there, keys - dropped)
+            above = _highest(x, there, keys - dropped)
             if SECOND == 1:
                 second, width = there & (best | (above == 0)), chosen + dropped
             else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .backend import HAS_TRITON, shared_memory
 from .descriptors import readable, tiles
 from .launch import launch
+from .linear_launch import READ_TOGETHER
 from .routing_launch import Lists, alignment, padded_dim
 
 if HAS_TRITON:
@@ -29,15 +30,16 @@ class Tile(NamedTuple):
     stages: int
 
 
-# by kernel and largest head dim, for 16-bit inputs: no spills on sm_90 (bench/NOTES.md). Of the depth, half goes to the
-# lists: a block's number is read before its keys, so that 5 keeps two tiles on their way where 3 keeps one
+# by kernel and largest head dim, for 16-bit inputs; those of 64 and 128 measured on an H100 (bench/NOTES.md)
 TILES = {
-    "forward": {64: Tile(128, 64, 4, 5), 128: Tile(128, 64, 8, 5), 256: Tile(64, 32, 8, 2)},
-    "query_backward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    "key_backward": {64: Tile(64, 64, 4, 5), 128: Tile(32, 64, 4, 3), 256: Tile(32, 32, 8, 1)},
+    "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 4), 256: Tile(64, 32, 8, 2)},
+    "query_backward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 8, 1)},
+    "key_backward": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 8, 1)},
     "rest_query": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
     "rest_key": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2)},
 }
+EARLY = 128
+"""Queries of a tile from which on its features are made before the loop; smaller ones, two at a time, lack room."""
 WIDE = Tile(16, 16, 4, 1)
 """For fp32, whose products need room."""
 SMALL = Tile(64, 32, 8, 2)
@@ -155,25 +157,34 @@ def _kept(p: Problem, size: int) -> tuple[int, Tensor]:
     return 2, p.q.new_ones((p.q.shape[0], p.kept), dtype=torch.uint8) if p.real is None else p.real
 
 
-def attend(p: Problem, rows: Lists, linear: Linear) -> tuple[Tensor, Tensor]:
-    """The output `[B, S, H, D]`, and log2 of the sums of softmax `[B, H, S]`."""
+def sums_dtype(q: Tensor) -> torch.dtype:
+    """Of the logarithms of softmax's sums: their rounding is an error of every weight."""
+    return torch.float64 if q.dtype == torch.float32 else torch.float32
+
+
+def attend(p: Problem, rows: Lists, linear: Linear, width: int = 0) -> tuple[Tensor, Tensor]:
+    """The output `[B, S, H, D]`, and log2 of the sums of softmax `[B, H, S]`.
+
+    `width`: entries of each list but the last, of all, if they are equally many.
+    """
     q, k, v = p.q, p.k, p.v
     batch, tokens, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    lse = torch.empty((batch, heads, tokens), dtype=sums_dtype(q), device=q.device)
     t = p.tile("forward")
     kept, real = _kept(p, t.keys)
     settings = constants(p, "forward", out) | {
         "KEPT": kept, "RAGGED": p.keys % p.block_k != 0 or p.block_k % t.keys != 0, "PHI": linear.phi,
         "LINEAR": linear.kind, "PROJECT": linear.state is not None, "BIASED": linear.bias is not None,
-        "PARTS": linear.apart, "MOST": MOST[q.dtype], "num_warps": t.warps,
+        "PARTS": linear.apart, "MOST": MOST[q.dtype], "EQUAL": width > 0, "EARLY": t.queries >= EARLY,
+        "num_warps": t.warps,
     }  # fmt: skip
     engine = _engine(settings, t.keys, k, v)
     part, state, z, bias = (q if x is None else x for x in (linear.part, linear.state, linear.z, linear.bias))
     launch(
         triton_kernels.forward_kernel, _programs(p.queries, p.block_q, p.kept, t.queries, batch * heads),
         (q, k, v, out, lse, rows.entries, rows.start, real, part, state, z, bias,
-         *_numbers(p, heads, p.queries, p.block_q), heads, p.group, rows.entries.shape[1], rows.start.shape[1],
+         *_numbers(p, heads, p.queries, p.block_q), heads, p.group, rows.entries.shape[1], width or rows.start.shape[1],
          p.scale * LOG2_E, linear.eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         settings, engine,
     )  # fmt: skip
@@ -192,7 +203,7 @@ def query_gradients(
     if dq is None:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tokens = q.shape[1]
-    stats = torch.empty((batch * heads, tokens + tokens % 2, 2), dtype=torch.float32, device=q.device)
+    stats = torch.empty((batch * heads, tokens + tokens % 2, 2), dtype=lse.dtype, device=q.device)
     if tokens % 2:  # read as a query that there is not
         stats[:, -1] = 0
     if planes is None:
@@ -258,6 +269,8 @@ def key_gradients(
 
 def fold(records: Tensor, weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Of partial records `[B * H, parts, D + 2, D]`: the sum `[B * H, D, D]`, and state and z of `Linear`."""
+    if records.shape[1] > READ_TOGETHER:
+        records = records.sum(1, keepdim=True)
     groups, parts, _, dim = records.shape
     sums, state, z = (
         torch.empty((groups, *shape), dtype=kind, device=records.device)

@@ -148,8 +148,34 @@ def _forward_step(
 
 
 @triton.jit
+def _behind(
+    q, K, V, KT, VT, b, h, index, steps, first, s, ks, vs, acc, peak, total, scale,
+    D: tl.constexpr, BK: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Whole tiles of the listed blocks, `s` being the first one's scores: values are summed one tile behind, so that
+    the tensor cores do it while the next exponentials are taken."""
+    rows, cols = tl.arange(0, BK), tl.arange(0, q.shape[1])
+    p = _exp2(s * scale - peak[:, None])
+    total = tl.where(steps > 0, tl.sum(p, 1), 0.0)
+    place = first + tl.load(index, mask=steps > 0, other=0) * BLOCK_K
+    for i in tl.range(1, steps, num_stages=STAGES):
+        n, offset = _listed(index, i, BLOCK_K, BK)
+        v = _block(V, VT, b, h, place, vs, rows, cols, BK, D, False, TMA)
+        place = first + n * BLOCK_K + offset
+        k = _block(K, KT, b, h, place, ks, rows, cols, BK, D, False, TMA)
+        s = _dot(q, tl.trans(k))
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        p = _exp2(s * scale - peak[:, None])
+        total += tl.sum(p, 1)
+    if steps > 0:
+        v = _block(V, VT, b, h, place, vs, rows, cols, BK, D, False, TMA)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, total
+
+
+@triton.jit
 def _attend(
-    q, K, V, KT, VT, b, h, index, whole, count, REAL, ks, vs, peak, keys, first, kept, kept_at, scale,
+    q, K, V, KT, VT, b, h, index, whole, count, REAL, ks, vs, s, peak, keys, first, kept, kept_at, scale,
     D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, KEPT: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +184,12 @@ def _attend(
     STEPS: tl.constexpr = (BLOCK_K + BK - 1) // BK
     acc = tl.zeros((BQ, BD), tl.float32)
     total = tl.zeros((BQ,), tl.float32)
-    if BLOCK_K % BK == 0:
+    if FAST and BLOCK_K % BK == 0:
+        acc, total = _behind(
+            q, K, V, KT, VT, b, h, index, whole * STEPS, first, s, ks, vs, acc, peak, total, scale, D, BK, BLOCK_K,
+            STAGES, TMA,
+        )  # fmt: skip
+    if not FAST and BLOCK_K % BK == 0:
         for i in tl.range(0, whole * STEPS, num_stages=STAGES):
             n, offset = _listed(index, i, BLOCK_K, BK)
             place = first + n * BLOCK_K + offset
@@ -184,6 +215,14 @@ def _attend(
 
 
 @triton.jit
+def _weights(q, Z, cols, blocked, eps, D: tl.constexpr, PHI: tl.constexpr):
+    """Of the rows of the linear part's state: phi(q) z over its sum; 0 for kept queries."""
+    w = _features(q, cols, D, PHI) * tl.load(Z + cols, mask=cols < D, other=0.0)[None, :]
+    w *= tl.where(blocked, _inverse(tl.sum(w, 1) + eps), 0.0)[:, None]
+    return w.to(q.dtype)
+
+
+@triton.jit
 def forward_kernel(
     Q, K, V, OUT, LSE, INDEX, START, REAL, LIN, STATE, Z, BIAS, KT, VT,
     queries, keys, first, kept, kept_at, blocks, pairs, heads, group, capacity, starts, scale, eps,
@@ -191,14 +230,15 @@ def forward_kernel(
     D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr, KEPT: tl.constexpr, RAGGED: tl.constexpr,
     PHI: tl.constexpr, LINEAR: tl.constexpr, PROJECT: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr,
-    TMA: tl.constexpr, MOST: tl.constexpr,
+    TMA: tl.constexpr, MOST: tl.constexpr, EQUAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`OUT` and log2 of the sums `LSE` `[B, H, S]`: grid (tiles of queries of all heads).
 
     LINEAR "all" makes the linear part from `STATE` and `Z`; "given" reads it, unprojected, in `LIN`, where `STATE` is
     the projection if PROJECT. PARTS leaves the linear part in `LIN` instead of adding it.
     KEPT: 0 no kept keys, 1 keys that need no mask, 2 some that are not real by `REAL` `[B, kept]` or past the end.
-    KT, VT: the keys and values as tiles for the copy engine, if TMA.
+    KT, VT: keys and values as tiles for the copy engine, if TMA. EQUAL: `starts` entries in every list but the last.
+    EARLY makes phi(q) before the loop, which takes memory on the chip; else from q, read again behind it.
 
     What is subtracted from a row's scores is the highest of the first block, which later ones need not wait for. Only
     if others are higher by far (a sum above MOST, a limit of the inputs' dtype; 0 for none) is it all done again, by
@@ -216,41 +256,48 @@ def forward_kernel(
     Q += b * qb + h * qh
     K += b * kb + h // group * kh
     V += b * vb + h // group * vh
-    index, count = _list(INDEX, START, pair, capacity, starts, block)
-    whole = _whole(index, count, keys, tl.cdiv(keys, BLOCK_K) - 1, BLOCK_K, BK, RAGGED)
-
     q = _tile(Q, at, qs, rows, cols, left, D, True)
     h_k = h // group
+    if EQUAL:  # one wait for memory less
+        index = INDEX + pair.to(tl.int64) * capacity + block * starts
+        count = tl.where(blocked, starts, tl.cdiv(keys, BLOCK_K))
+    else:
+        index, count = _list(INDEX, START, pair, capacity, starts, block)
+    whole = _whole(index, count, keys, tl.cdiv(keys, BLOCK_K) - 1, BLOCK_K, BK, RAGGED)
+    record = (pair // group).to(tl.int64)
+    if LINEAR == "all" and EARLY:
+        part = _weights(q, Z + record * D, cols, blocked, eps, D, PHI)
+    s = tl.zeros((BQ, BK), tl.float32)
     peak = tl.full((BQ,), float("-inf"), tl.float32)
     if MOST > 0:
         n = tl.load(index, mask=count > 0, other=0) * BLOCK_K
         keyed = tl.arange(0, BK)
         there = tl.minimum(BLOCK_K, keys - n)
-        s = _dot(q, tl.trans(_block(K, KT, b, h_k, first + n, ks, keyed, cols, there, D, True, TMA)))
+        if left > 0:  # always; products that stand in the loop's own block keep their memory until it ends
+            s = _dot(q, tl.trans(_block(K, KT, b, h_k, first + n, ks, keyed, cols, there, D, True, TMA)))
         peak = tl.max(tl.where((keyed < there)[None, :], s, float("-inf")), 1) * scale
     acc, peak, total = _attend(
-        q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, peak, keys, first, kept, kept_at, scale,
+        q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, s, peak, keys, first, kept, kept_at, scale,
         D, BD, BQ, BK, BLOCK_K, STAGES, KEPT, RAGGED, TMA, MOST > 0,
     )  # fmt: skip
     if MOST > 0:  # noqa: SIM102
         if tl.sum((total >= MOST).to(tl.int32)) > 0:
             acc, peak, total = _attend(
-                q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, peak - float("inf"), keys, first, kept,
+                q, K, V, KT, VT, b, h_k, index, whole, count, REAL, ks, vs, s, peak - float("inf"), keys, first, kept,
                 kept_at, scale, D, BD, BQ, BK, BLOCK_K, 1, KEPT, RAGGED, TMA, False,
             )  # fmt: skip
     tokens = queries + kept
     total = tl.where(total > 0, total, 1.0)  # a list may be empty
-    tl.store(LSE + pair.to(tl.int64) * tokens + at + rows, peak + tl.log2(total), mask=rows < left)
+    lse = peak.to(LSE.dtype.element_ty) + tl.log2(total)
+    tl.store(LSE + pair.to(tl.int64) * tokens + at + rows, lse, mask=rows < left)
     acc *= _inverse(total)[:, None]
 
     LIN += (b * queries * heads + h) * D
     if LINEAR == "all":
-        phi = _features(_tile(Q, at, qs, rows, cols, left, D, True), cols, D, PHI)
-        state = (pair // group).to(tl.int64)
-        w = phi * tl.load(Z + state * D + cols, mask=cols < D, other=0.0)[None, :]
-        w *= tl.where(blocked, _inverse(tl.sum(w, 1) + eps), 0.0)[:, None]
-        part = w.to(q.dtype)
-        STATE += state * (D * D)
+        STATE += record * (D * D)
+        if not EARLY:
+            again = _tile(Q, at, qs, rows, cols, left, D, True)
+            part = _weights(again, Z + record * D, cols, blocked, eps, D, PHI)
     if LINEAR == "given":
         part = _tile(LIN, token, heads * D, rows, cols, tl.where(blocked, left, 0), D, True)
     if LINEAR != "none":
@@ -277,7 +324,7 @@ def _query_step(
     rows, cols = tl.arange(0, BK), tl.arange(0, q.shape[1])
     k = _block(K, KT, b, h, at, ks, rows, cols, left, D, MASK > 0, TMA)
     v = _block(V, VT, b, h, at, vs, rows, cols, left, D, MASK > 0, TMA)
-    p = _exp2(_dot(q, tl.trans(k)) * scale - lse[:, None])
+    p = _exp2((_dot(q, tl.trans(k)).to(lse.dtype) * scale - lse[:, None]).to(tl.float32))
     if MASK > 0:
         p = tl.where(_real(REAL, rows, left, MASK)[None, :], p, 0.0)
     ds = p * (_dot(g, tl.trans(v)) - delta[:, None])
@@ -408,7 +455,8 @@ def _key_step(
     else:
         lse = tl.load(STATS + 2 * (at + rows), mask=rows < left, other=float("inf"))
         delta = tl.load(STATS + 2 * (at + rows) + 1, mask=rows < left, other=0.0)
-    p = _exp2(_dot(k, tl.trans(q)) * scale - lse[None, :])
+    p = _exp2((_dot(k, tl.trans(q)).to(lse.dtype) * scale - lse[None, :]).to(tl.float32))
+    delta = delta.to(tl.float32)
     if TMA and MASK:  # else what follows the last query are zeros
         p = tl.where((rows < left)[None, :], p, 0.0)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import window_plan
 from .backend import HAS_TRITON, multiprocessors
-from .launch import launch
+from .launch import Launch, Remembered
 from .window_torch import Window
 
 TensorDescriptor: Any = None
@@ -33,19 +33,34 @@ TILES: dict[int, tuple[Shape, Shape]] = {
 
 
 class Blocks(NamedTuple):
-    """Tokens that a program owns, tokens of a block that it meets, warps, and depth of the software pipeline."""
+    """How a kernel goes about its work.
+
+    Attributes:
+        own, met: tokens that a program owns, and of a block that it meets.
+        warps, stages: and depth of the software pipeline.
+        held: how many of what it owns stay in registers, where others lie in shared memory.
+        registers: of a thread at most, so that more programs run at once; None for as many as there are.
+    """
 
     own: int
     met: int
     warps: int
     stages: int
+    held: int = 0
+    registers: int | None = None
 
 
-# by kernel and largest head dim, for 16-bit inputs; those of 128 measured on an H100 (bench/NOTES.md), the others not
+# by kernel and largest head dim, for 16-bit inputs; measured on an H100 (bench/NOTES.md)
 BLOCKS = {
-    "forward": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 3), 256: Blocks(64, 32, 4, 1)},
-    "query": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 32, 4, 1)},
-    "key": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 16, 4, 1)},
+    "forward": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 3), 256: Blocks(128, 32, 8, 3)},
+    "query": {64: Blocks(64, 64, 4, 3, registers=168), 128: Blocks(64, 64, 4, 3, held=2), 256: Blocks(128, 32, 8, 2)},
+    "key": {64: Blocks(64, 64, 4, 3, registers=168), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 32, 8, 2)},
+}
+# GPUs before Hopper have less shared memory, 99 KiB at the least; compiled for them, not measured
+EARLIER = {
+    "forward": {128: Blocks(64, 64, 4, 2), 256: Blocks(64, 32, 4, 1)},
+    "query": {128: Blocks(64, 64, 4, 2), 256: Blocks(32, 32, 4, 1)},
+    "key": {128: Blocks(64, 64, 4, 2), 256: Blocks(32, 16, 4, 1)},
 }
 # a piece of what text sees, in blocks: shorter ones cost more to merge than they save
 SHORTEST_PIECE = 8
@@ -71,8 +86,8 @@ def _shape(window: Window) -> Shape:
     return window.grid if len(window.grid) == 3 else (1, *window.grid)  # type: ignore[return-value]
 
 
-class _Run(NamedTuple):
-    """How one kernel runs on one shape: its grid, pieces of text, and what all three kernels have in common."""
+class _Common(NamedTuple):
+    """What all three kernels need: their grid, pieces of text, tables, numbers and settings."""
 
     grid: Shape
     pieces: int
@@ -81,11 +96,30 @@ class _Run(NamedTuple):
     settings: dict[str, Any]
 
 
-def _run(kernel: str, q: Tensor, groups: int, window: Window, masked: bool, alone: int | None = None) -> _Run:
+class _Run(NamedTuple):
+    """One kernel on one shape, all that does not depend on what the tensors hold.
+
+    Attributes:
+        launches: one after the other, with the same tensors.
+        pieces: of text.
+        programs: how many.
+        tables: of boxes.
+        views: how the copy engine reads tensors, see `_views`; None where it cannot.
+    """
+
+    launches: tuple[Launch, ...]
+    pieces: int
+    programs: int
+    tables: tuple[Tensor, Tensor]
+    views: _Views | None
+
+
+def _common(kernel: str, q: Tensor, groups: int, window: Window, masked: bool, alone: int | None = None) -> _Common:
     """`alone`: so many tokens without a place (pooled ones) instead of text and image."""
     batch, tokens, heads, dim = q.shape
     video, shape = len(window.grid) == 3, _shape(window)
-    block = next(blocks for most, blocks in BLOCKS[kernel].items() if dim <= most)
+    chosen = (BLOCKS if _engine(q.device) else EARLIER)[kernel]
+    block = next(blocks for most, blocks in chosen.items() if dim <= most)
     if q.element_size() == 4:
         block = Blocks(64, 32 if dim <= 128 else 16, 4, 1)
     tile, box = TILES[block.own][video], TILES[block.met][video]
@@ -99,8 +133,10 @@ def _run(kernel: str, q: Tensor, groups: int, window: Window, masked: bool, alon
     first, last = (0, tokens) if everything else (image_at, image_at + image)
     lanes, images = batch * heads, math.prod(table.tiles) if alone is None else 0
     tiles = -(-text // block.own)
-    # about as many programs of text as run at once, and none too short
-    wanted = -(-2 * multiprocessors(q.device) // (tiles * lanes)) if text else 1
+    # no piece longer than half of what each of the programs that run at once does, and none too short
+    whole, met = -(-(last - first) // block.met), len(table.boxes) if images else 0
+    everyone = lanes * (tiles * whole + images * -(-text // block.met) + met)
+    wanted = -(-2 * 2 * multiprocessors(q.device) * whole // everyone) if text else 1
     wanted = max(1, min(wanted, (last - first) // (SHORTEST_PIECE * block.met)))
     piece = -(-(last - first) // (wanted * block.met)) * block.met
     pieces = -(-(last - first) // piece)
@@ -108,39 +144,64 @@ def _run(kernel: str, q: Tensor, groups: int, window: Window, masked: bool, alon
         "D": dim, "BD": max(16, 1 << (dim - 1).bit_length()), "TF": tile[0], "TY": tile[1], "TX": tile[2],
         "BF": box[0], "BY": box[1], "BX": box[2], "AXES": len(window.grid), "BOX": window.box, "EVEN": table.even,
         "RAGGED": text > 0 and (window.text % block.met != 0 or (last - first) % block.met != 0), "MASKED": masked,
-        "STAGES": block.stages, "num_warps": block.warps,
+        "STAGES": block.stages, "HELD": block.held, "num_warps": block.warps,
     }  # fmt: skip
+    if block.registers is not None:
+        settings["maxnreg"] = block.registers
     numbers = (
         tokens, text, text_at, image_at, first, last, *shape, *table.tiles[1:], pieces, piece, tiles * pieces, images,
         heads, groups, *table.weights, table.bound, window.scale * LOG2E,
     )  # fmt: skip
     grid = ((tiles * pieces + images) * lanes, 1, 1)
-    return _Run(grid, pieces if text else 1, (table.boxes, table.starts), numbers, settings)
+    return _Common(grid, pieces if text else 1, (table.boxes, table.starts), numbers, settings)
 
 
-def _tiles(x: Tensor, y: Tensor, window: Window, settings: dict[str, Any], stats: Tensor | None = None) -> tuple:
-    """x and y `[B, S, H, D]` (and stats `[B * H, S, 2]`) for Hopper's copy engine, as runs of the sequence and as boxes
-    of the grid; or tensors that stand in for them where it cannot read them. Sets `TMA`."""
-    settings["TMA"] = _tma(x) and _tma(y) and (stats is None or window.grid[-1] % 2 == window.text % 2 == 0)
+# shape, strides and block of a descriptor
+_View = tuple[list[int], list[int], list[int]]
+
+
+class _Views(NamedTuple):
+    """How the copy engine reads two tensors, then perhaps statistics, as runs of the sequence and as boxes of the grid,
+    which begins behind `skip` tokens."""
+
+    runs: tuple[_View, ...]
+    boxes: tuple[_View, ...]
+    skip: int
+
+
+def _views(x: Tensor, y: Tensor, window: Window, settings: dict[str, Any], stats: bool = False) -> _Views | None:
+    """For x and y `[B, S, H, D]`, and statistics `[B * H, S, 2]`. Sets `TMA`: whether the engine can read them."""
+    settings["TMA"] = _tma(x) and _tma(y) and (not stats or window.grid[-1] % 2 == window.text % 2 == 0)
     if not settings["TMA"]:
-        return (x, y, x, y) if stats is None else (x, y, x, y, stats, stats)
-    frames = (settings["BF"],) if len(window.grid) == 3 else ()
-    rows, columns, width = settings["BY"], settings["BX"], settings["BD"]
-    block = settings["BF"] * rows * columns
-    image = slice(window.text, None) if window.text_first else slice(0, x.shape[1] - window.text)
+        return None
+    batch, tokens, heads, dim = x.shape
+    frames = [settings["BF"]] if len(window.grid) == 3 else []
+    block, channels = [*frames, settings["BY"], settings["BX"]], [settings["BD"]]
+    steps = [math.prod(window.grid[axis + 1 :]) for axis in range(len(window.grid))]
+    runs: list[_View] = []
+    boxes: list[_View] = []
+    for each in (x, y):
+        across, along, _, _ = each.stride()
+        runs.append(([batch, tokens, heads * dim], [across, along, 1], [1, math.prod(block), *channels]))
+        strides = [across, *(along * step for step in steps), 1]
+        boxes.append(([batch, *window.grid, heads * dim], strides, [1, *block, *channels]))
+    if stats:
+        # pairs lie along the last axis, which must be at least 16 bytes wide
+        lanes, pairs = batch * heads, 2 * tokens
+        runs.append(([lanes, pairs], [pairs, 1], [1, 2 * math.prod(block)]))
+        strides = [pairs, *(2 * step for step in steps[:-1]), 1]
+        boxes.append(([lanes, *window.grid[:-1], 2 * window.grid[-1]], strides, [1, *block[:-1], 2 * block[-1]]))
+    return _Views(tuple(runs), tuple(boxes), window.text if window.text_first else 0)
 
-    def whole(x: Tensor, shape: list[int]) -> Any:
-        return TensorDescriptor(x, x.shape, x.stride(), shape)
 
-    flat = x.flatten(2), y.flatten(2)
-    runs = [whole(x, [1, block, width]) for x in flat]
-    boxes = [whole(x[:, image].unflatten(1, window.grid), [1, *frames, rows, columns, width]) for x in flat]
-    if stats is None:
-        return *runs, *boxes
-    # pairs lie along the last axis, which must be at least 16 bytes wide
-    grid = (*window.grid[:-1], 2 * window.grid[-1])
-    pairs = whole(stats[:, image].flatten(1).unflatten(1, grid), [1, *frames, rows, 2 * columns])
-    return *runs, *boxes, whole(stats.flatten(1), [1, 2 * block]), pairs
+def _tiles(views: _Views | None, x: Tensor, y: Tensor, *stats: Tensor) -> tuple[Any, ...]:
+    """Descriptors for a kernel, or tensors that stand in for them."""
+    if views is None:
+        return (x, y, x, y, *stats, *stats)
+    runs = [TensorDescriptor(t, *view) for t, view in zip((x, y, *stats), views.runs, strict=True)]
+    images = [t[:, views.skip :] if views.skip else t for t in (x, y, *stats)]
+    boxes = [TensorDescriptor(t, *view) for t, view in zip(images, views.boxes, strict=True)]
+    return (*runs[:2], *boxes[:2], *runs[2:], *boxes[2:])
 
 
 def _tma(x: Tensor) -> bool:
@@ -158,13 +219,13 @@ def _engine(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _real(text_mask: Tensor | None, q: Tensor, window: Window) -> tuple[Tensor, int]:
-    """Which tokens of the sequence are real, as int8, and the stride of samples; `q` stands in where all are."""
+def _real(text_mask: Tensor | None, q: Tensor, window: Window) -> tuple[Tensor, bool]:
+    """Which tokens of the sequence are real, `[B, S]` in int8, or `q` in its place where all are; and whether not."""
     if text_mask is None or window.text == 0:
-        return q, 0
+        return q, False
     real = torch.ones(q.shape[:2], dtype=torch.int8, device=q.device)
     (real[:, : window.text] if window.text_first else real[:, -window.text :]).copy_(text_mask)
-    return real, q.shape[1]
+    return real, True
 
 
 def _words(x: Tensor, window: Window) -> Tensor:
@@ -172,10 +233,71 @@ def _words(x: Tensor, window: Window) -> Tensor:
     return x[:, : window.text] if window.text_first else x[:, x.shape[1] - window.text :]
 
 
-def _part(run: _Run, q: Tensor, *shape: int) -> Tensor:
+def _part(pieces: int, q: Tensor, *shape: int) -> Tensor:
     """Where pieces of text leave what they have, `[pieces, B, H, *shape]` in fp32; empty where there is one."""
-    size = (run.pieces, q.shape[0], q.shape[2], *shape) if run.pieces > 1 else (0,)
+    size = (pieces, q.shape[0], q.shape[2], *shape) if pieces > 1 else (0,)
     return torch.empty(size, dtype=torch.float32, device=q.device)
+
+
+@Remembered
+def _forward_run(
+    q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor | None, pooled_v: Tensor | None, masked: bool, window: Window,
+    keep_lse: bool,
+) -> _Run:  # fmt: skip
+    common = _common("forward", q, q.shape[2] // k.shape[2], window, masked)
+    more, pooled = _pooled(k, v, pooled_k, pooled_v)
+    settings = common.settings | {
+        "POOLED": pooled > 0, "SAME": k.stride(1) == v.stride(1), "KEEP_LSE": keep_lse, "MOST": MOST.get(q.dtype, 1.0),
+    }  # fmt: skip
+    views = _views(k, v, window, settings)
+    numbers = (*common.numbers, pooled, *_strides(q, k, v, *more), q.shape[1] if masked else 0)
+    launches = tuple(
+        Launch(triton_kernels.forward_kernel, common.grid, numbers, settings | {"MODE": mode})
+        for mode in (MODES if q.dtype in MOST else ("safe",))
+    )
+    return _Run(launches, common.pieces, common.grid[0], common.tables, views)
+
+
+@Remembered
+def _query_run(
+    q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor | None, pooled_v: Tensor | None, masked: bool, window: Window,
+    grad: Tensor, grad_lse: Tensor | None,
+) -> _Run:  # fmt: skip
+    common = _common("query", q, q.shape[2] // k.shape[2], window, masked)
+    more, pooled = _pooled(k, v, pooled_k, pooled_v)
+    settings = common.settings | {
+        "POOLED": pooled > 0, "SAME": k.stride(1) == v.stride(1), "LSE_HAS_GRAD": grad_lse is not None,
+    }  # fmt: skip
+    views = _views(k, v, window, settings)
+    numbers = (
+        *common.numbers, pooled, *_strides(q, k, v, *more), q.shape[1] if masked else 0, *_strides(grad),
+        *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
+    )  # fmt: skip
+    launch = Launch(triton_kernels.query_backward_kernel, common.grid, numbers, settings)
+    return _Run((launch,), common.pieces, common.grid[0], common.tables, views)
+
+
+@Remembered
+def _key_run(
+    q: Tensor, k: Tensor, v: Tensor, masked: bool, window: Window, grad: Tensor, alone: int | None = None
+) -> _Run:
+    common = _common("key", q, q.shape[2] // k.shape[2], window, masked, alone)
+    settings = common.settings | {"SAME": q.stride(1) == grad.stride(1)}
+    views = _views(q, grad, window, settings, stats=True)
+    numbers = (*common.numbers, k.shape[1], *_strides(q, k, v), q.shape[1] if masked else 0, *_strides(grad))
+    launch = Launch(triton_kernels.key_backward_kernel, common.grid, numbers, settings)
+    return _Run((launch,), common.pieces, common.grid[0], common.tables, views)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(step for x in tensors for step in x.stride()[:3])
+
+
+def _pooled(
+    k: Tensor, v: Tensor, pooled_k: Tensor | None, pooled_v: Tensor | None
+) -> tuple[tuple[Tensor, Tensor], int]:
+    """Pooled keys and values and their number, or what stands in for them."""
+    return ((k, v), 0) if pooled_k is None or pooled_v is None else ((pooled_k, pooled_v), pooled_k.shape[1])
 
 
 def forward(
@@ -184,26 +306,16 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output `[B, S, H, D]`, and log-sum-exps `[B, H, S]` in fp32, empty unless kept."""
     batch, tokens, heads, dim = q.shape
-    real, real_b = _real(text_mask, q, window)
-    run = _run("forward", q, heads // k.shape[2], window, real_b > 0)
+    real, masked = _real(text_mask, q, window)
+    run = _forward_run(q, k, v, pooled_k, pooled_v, masked, window, keep_lse)
     out = torch.empty((batch, tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens) if keep_lse else (0,), dtype=torch.float32, device=q.device)
-    part = _part(run, q, window.text, dim + 1)
-    more, pooled = ((k, v), 0) if pooled_k is None or pooled_v is None else ((pooled_k, pooled_v), pooled_k.shape[1])
-    modes = MODES if q.dtype in MOST else ("safe",)
-    repair = torch.empty(run.grid[:1] if "fast" in modes else (0,), dtype=torch.int32, device=q.device)
-    tiles = _tiles(k, v, window, run.settings)
-    for mode in modes:
-        launch(
-            triton_kernels.forward_kernel, run.grid,
-            (q, k, v, *more, real, *run.tables, repair, out, lse, part, *run.numbers, pooled,
-             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *more[0].stride()[:3], *more[1].stride()[:3], real_b),
-            run.settings | {
-                "POOLED": pooled > 0, "SAME": k.stride(1) == v.stride(1), "KEEP_LSE": keep_lse, "MODE": mode,
-                "MOST": MOST.get(q.dtype, 1.0),
-            },
-            tiles,
-        )  # fmt: skip
+    part = _part(run.pieces, q, window.text, dim + 1)
+    repair = torch.empty((run.programs,) if q.dtype in MOST else (0,), dtype=torch.int32, device=q.device)
+    more, _ = _pooled(k, v, pooled_k, pooled_v)
+    tiles = _tiles(run.views, k, v)
+    for launch in run.launches:
+        launch(q, k, v, *more, real, *run.tables, repair, out, lse, part, *tiles)
     if run.pieces > 1:
         top = part[..., dim].logsumexp(0)
         merged = (part[..., :dim] * (part[..., dim] - top).exp()[..., None]).sum(0)
@@ -219,26 +331,17 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v and, if any, the pooled keys and values; all but the first of each query head."""
     batch, tokens, heads, dim = q.shape
-    groups = heads // k.shape[2]
-    real, real_b = _real(text_mask, q, window)
+    real, masked = _real(text_mask, q, window)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    more, pooled = ((k, v), 0) if pooled_k is None or pooled_v is None else ((pooled_k, pooled_v), pooled_k.shape[1])
-    run = _run("query", q, groups, window, real_b > 0)
+    run = _query_run(q, k, v, pooled_k, pooled_v, masked, window, grad, grad_lse)
     dq = torch.empty((batch, tokens, heads, dim), dtype=q.dtype, device=q.device)
     stats = torch.empty((batch * heads, tokens, 2), dtype=torch.float32, device=q.device)
-    part = _part(run, q, window.text, dim)
-    tiles = _tiles(k, v, window, run.settings)
-    launch(
-        triton_kernels.query_backward_kernel, run.grid,
-        (q, k, v, *more, real, *run.tables, out, grad, lse, lse if grad_lse is None else grad_lse, stats, dq, part,
-         *run.numbers, pooled,
-         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *more[0].stride()[:3], *more[1].stride()[:3], real_b,
-         *grad.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride())),
-        run.settings | {
-            "POOLED": pooled > 0, "SAME": k.stride(1) == v.stride(1), "LSE_HAS_GRAD": grad_lse is not None,
-        },
-        tiles,
+    part = _part(run.pieces, q, window.text, dim)
+    more, _ = _pooled(k, v, pooled_k, pooled_v)
+    run.launches[0](
+        q, k, v, *more, real, *run.tables, out, grad, lse, lse if grad_lse is None else grad_lse, stats, dq, part,
+        *_tiles(run.views, k, v),
     )  # fmt: skip
     if run.pieces > 1:
         _words(dq, window).copy_(part.sum(0).transpose(1, 2))
@@ -246,24 +349,19 @@ def backward(
     def keys(k: Tensor, v: Tensor, run: _Run, text: int) -> tuple[Tensor, Tensor, Tensor]:
         """dk, dv, and of text in pieces their sums `[B, text, 2, H, D]`."""
         dk, dv = (torch.empty((batch, k.shape[1], heads, dim), dtype=k.dtype, device=k.device) for _ in range(2))
-        part = _part(run, q, text, 2, dim)
-        tiles = _tiles(q, grad, window, run.settings, stats)
-        launch(
-            triton_kernels.key_backward_kernel, run.grid,
-            (q, k, v, real, *run.tables, grad, stats, dk, dv, part, *run.numbers, k.shape[1],
-             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], real_b, *grad.stride()[:3]),
-            run.settings | {"SAME": q.stride(1) == grad.stride(1)},
-            tiles,
-        )  # fmt: skip
+        part = _part(run.pieces, q, text, 2, dim)
+        tiles = _tiles(run.views, q, grad, stats)
+        run.launches[0](q, k, v, real, *run.tables, grad, stats, dk, dv, part, *tiles)
         return dk, dv, part.sum(0).permute(0, 2, 3, 1, 4) if run.pieces > 1 else part
 
-    run = _run("key", q, groups, window, real_b > 0)
+    run = _key_run(q, k, v, masked, window, grad)
     dk, dv, summed = keys(k, v, run, window.text)
     if run.pieces > 1:
         _words(dk, window).copy_(summed[:, :, 0])
         _words(dv, window).copy_(summed[:, :, 1])
     if pooled_k is None or pooled_v is None:
         return dq, dk, dv
-    run = _run("key", q, groups, window, False, alone=pooled)
+    pooled = pooled_k.shape[1]
+    run = _key_run(q, pooled_k, pooled_v, False, window, grad, pooled)
     dpk, dpv, summed = keys(pooled_k, pooled_v, run, pooled)
     return (dq, dk, dv, dpk, dpv) if run.pieces == 1 else (dq, dk, dv, summed[:, :, 0], summed[:, :, 1])

@@ -103,7 +103,8 @@ def plan(
         begin = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)])
         starts = torch.stack([begin[:-1], begin[:-1] + open_], 1).flatten()
         starts = torch.cat([starts, begin[-1:]]).to(device, torch.int32)
-        table = torch.cat(seen).to(device, torch.int32)
+        # one more, which is read ahead and never used
+        table = torch.cat([*seen, code.new_zeros(1)]).to(device, torch.int32)
     even = all(n % t == 0 and n % b == 0 for n, t, b in zip(grid, tile, block, strict=True))
     return Plan(table, starts, tiles, weights, bound, even)  # type: ignore[arg-type]
 

@@ -18,6 +18,11 @@ LOWEST = tl.constexpr(-1.0e30)
 # box numbers: 11 bits for the column of boxes, 11 for the row, the rest for the frame
 ROW, FRAME, LAST = tl.constexpr(11), tl.constexpr(22), tl.constexpr(2047)
 LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
+# numbers for whose being 1, or a multiple of 16, nothing is compiled anew
+SIZES = (
+    "tokens", "text", "text_at", "image_at", "run_at", "run_end", "F", "H", "W", "tiles_y", "tiles_x", "pieces",
+    "piece", "text_programs", "images", "heads", "group", "pooled", "own", "real_b",
+)  # fmt: skip
 
 
 @triton.jit
@@ -42,6 +47,14 @@ def _load(X, offsets, cols, D: tl.constexpr):
         return tl.load(X + offsets, mask=(cols < D)[None, :], other=0.0)
     else:
         return tl.load(X + offsets)
+
+
+@triton.jit
+def _held(x):
+    """x, out of a product that adds nothing: only so does the compiler keep it in registers, and leaves the shared
+    memory, and its bandwidth, to what comes and goes."""
+    nothing = tl.zeros((x.shape[0], 16), x.dtype)
+    return _dot(nothing, tl.zeros((16, x.shape[1]), x.dtype), x.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -200,7 +213,7 @@ def _weigh(s, m, total, acc, v, scale, MODE: tl.constexpr):
     return m, total + tl.sum(p, 1), _dot(p.to(v.dtype), v, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     Q, K, V, PK, PV, REAL, TABLE, STARTS, REPAIR, OUT, LSE, PART, K_RUN, V_RUN, K_BOX, V_BOX,
     tokens, text, text_at, image_at, run_at, run_end, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
@@ -210,6 +223,7 @@ def forward_kernel(
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
     EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SAME: tl.constexpr,
     TMA: tl.constexpr, KEEP_LSE: tl.constexpr, MODE: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     """Out `[B, S, H, D]` and, if kept, log-sum-exps `[B * H, S]`; text leaves a record for each piece in PART
     `[pieces, B * H, text, D + 1]` where there are several.
@@ -240,6 +254,8 @@ def forward_kernel(
     K += b * k_b + h_k * k_h
     V += b * v_b + h_k * v_h
     q = _load(Q, at.to(tl.int64)[:, None] * q_t + cols[None, :], cols, D)
+    if HELD >= 1:
+        q = _held(q)
     if MODE == "fast":
         own = _load(K, at.to(tl.int64)[:, None] * k_t + cols[None, :], cols, D)
         m = tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * scale
@@ -275,19 +291,18 @@ def forward_kernel(
             m, total, acc = _weigh(s, m, total, acc, v, scale, MODE)
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
+    code = tl.load(TABLE + open_from)  # always one ahead, so that no copy waits for it
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
-        f, y, x, corner, inside, kf, ky, kx = _box(
-            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True
-        )
+        f, y, x, corner, inside, kf, ky, kx = _box(code, H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
         k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
         v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
+        code = tl.load(TABLE + i + 1)
         m, total, acc = _weigh(tl.dot(q, k.T, input_precision="ieee"), m, total, acc, v, scale, MODE)
     for i in tl.range(edge_from, end, num_stages=STAGES):
-        f, y, x, corner, inside, kf, ky, kx = _box(
-            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN
-        )
+        f, y, x, corner, inside, kf, ky, kx = _box(code, H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
         k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
         v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
+        code = tl.load(TABLE + i + 1)
         near = _near(qf, qy, qx, kf, ky, kx, wf, wy, wx, bound, AXES, BOX)
         s = tl.where(near, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
         m, total, acc = _weigh(s, m, total, acc, v, scale, MODE)
@@ -326,11 +341,12 @@ def _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, MASK: tl.constexpr):
     if MASK:
         p = tl.where(near, p, 0.0)
     dv = _dot(p.to(do.dtype), do, dv)
-    ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
-    return _dot(ds.to(q.dtype), q, dk), dv
+    # a product that begins with -delta needs no registers for it, nor a subtraction
+    dp = _dot(v, do.T, tl.broadcast_to(-delta[None, :], p.shape))
+    return _dot((p * dp).to(q.dtype), q, dk), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_backward_kernel(
     Q, K, V, PK, PV, REAL, TABLE, STARTS, OUT, DO, LSE, LSE_GRAD, STATS, DQ, PART,
     K_RUN, V_RUN, K_BOX, V_BOX,
@@ -340,7 +356,7 @@ def query_backward_kernel(
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
     EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, POOLED: tl.constexpr, SAME: tl.constexpr,
-    TMA: tl.constexpr, LSE_HAS_GRAD: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, LSE_HAS_GRAD: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """dq `[B, S, H, D]`; of text in pieces, fp32 parts `[pieces, B * H, text, D]`. Leaves in STATS `[B * H, S, 2]` each
     query's log-sum-exp to the base 2, and what its scores' gradients are measured from: sum(out * grad), less the
@@ -364,6 +380,10 @@ def query_backward_kernel(
     V += b * v_b + h_k * v_h
     q = _load(Q + b * q_b + h * q_h, at.to(tl.int64)[:, None] * q_t + cols[None, :], cols, D)
     do = _load(DO + b * do_b + h * do_h, at.to(tl.int64)[:, None] * do_t + cols[None, :], cols, D)
+    if HELD >= 1:
+        q = _held(q)
+    if HELD >= 2:
+        do = _held(do)
     place = (b * tokens + at) * heads + h
     out = _load(OUT, place[:, None] * D + cols[None, :], cols, D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
@@ -398,19 +418,18 @@ def query_backward_kernel(
             dq = _query_step(dq, q, do, lse, delta, k, v, (start + n < pooled)[None, :], scale, True)
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
+    code = tl.load(TABLE + open_from)  # always one ahead, so that no copy waits for it
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
-        f, y, x, corner, inside, kf, ky, kx = _box(
-            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True
-        )
+        f, y, x, corner, inside, kf, ky, kx = _box(code, H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
         k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
         v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
+        code = tl.load(TABLE + i + 1)
         dq = _query_step(dq, q, do, lse, delta, k, v, kx[None, :] < 0, scale, False)
     for i in tl.range(edge_from, end, num_stages=STAGES):
-        f, y, x, corner, inside, kf, ky, kx = _box(
-            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN
-        )
+        f, y, x, corner, inside, kf, ky, kx = _box(code, H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
         k = _box_of(K, K_BOX, b, h_k, f, y, x, corner, inside, cols, k_t, D, AXES, TMA)
         v = _box_of(V, V_BOX, b, h_k, f, y, x, corner, inside, cols, v_t, D, AXES, TMA)
+        code = tl.load(TABLE + i + 1)
         near = _near(qf, qy, qx, kf, ky, kx, wf, wy, wx, bound, AXES, BOX)
         dq = _query_step(dq, q, do, lse, delta, k, v, near, scale, True)
 
@@ -423,7 +442,7 @@ def query_backward_kernel(
         tl.store(DQ + place[:, None] * D + cols[None, :], dq.to(DQ.dtype.element_ty), mask=seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_backward_kernel(
     Q, K, V, REAL, TABLE, STARTS, DO, STATS, DK, DV, PART, Q_RUN, DO_RUN, Q_BOX, DO_BOX, S_RUN, S_BOX,
     tokens, text, text_at, image_at, run_at, run_end, F, H, W, tiles_y, tiles_x, pieces, piece, text_programs, images,
@@ -432,7 +451,7 @@ def key_backward_kernel(
     D: tl.constexpr, BD: tl.constexpr, TF: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, AXES: tl.constexpr, BOX: tl.constexpr,
     EVEN: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, SAME: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv `[B, own, H, D]`, of each query head; of text in pieces, fp32 parts `[pieces, B * H, text, 2, D]`.
 
@@ -457,6 +476,10 @@ def key_backward_kernel(
     STATS += lane.to(tl.int64) * tokens * 2
     k = _load(K + b * k_b + h // group * k_h, at.to(tl.int64)[:, None] * k_t + cols[None, :], cols, D)
     v = _load(V + b * v_b + h // group * v_h, at.to(tl.int64)[:, None] * v_t + cols[None, :], cols, D)
+    if HELD >= 1:
+        v = _held(v)
+    if HELD >= 2:
+        k = _held(k)
     dk, dv = tl.zeros((BM, BD), tl.float32), tl.zeros((BM, BD), tl.float32)
     real = there
     if MASKED:
@@ -477,21 +500,20 @@ def key_backward_kernel(
         dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, RAGGED or MASKED)
 
     open_from, edge_from, end = _boxes(STARTS, tile, is_text)
+    code = tl.load(TABLE + open_from)  # always one ahead, so that no copy waits for it
     for i in tl.range(open_from, edge_from, num_stages=STAGES):
-        f, y, x, corner, inside, qf, qy, qx = _box(
-            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True
-        )
+        f, y, x, corner, inside, qf, qy, qx = _box(code, H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, True)
         q = _box_of(Q, Q_BOX, b, h, f, y, x, corner, inside, cols, q_t, D, AXES, TMA)
         do = _box_of(DO, DO_BOX, b, h, f, y, x, corner, inside, cols, do_t, D, AXES, TMA)
         lse, delta = _stats_of(STATS, S_BOX, lane, f, y, x, corner + inside, AXES, TMA)
+        code = tl.load(TABLE + i + 1)
         dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, qx[None, :] < 0, scale, False)
     for i in tl.range(edge_from, end, num_stages=STAGES):
-        f, y, x, corner, inside, qf, qy, qx = _box(
-            tl.load(TABLE + i), H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN
-        )
+        f, y, x, corner, inside, qf, qy, qx = _box(code, H, W, n, nf, ny, nx, F, image_at, BF, BY, BX, AXES, EVEN)
         q = _box_of(Q, Q_BOX, b, h, f, y, x, corner, inside, cols, q_t, D, AXES, TMA)
         do = _box_of(DO, DO_BOX, b, h, f, y, x, corner, inside, cols, do_t, D, AXES, TMA)
         lse, delta = _stats_of(STATS, S_BOX, lane, f, y, x, corner + inside, AXES, TMA)
+        code = tl.load(TABLE + i + 1)
         near = _near(kf, ky, kx, qf, qy, qx, wf, wy, wx, bound, AXES, BOX)
         dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, near, scale, True)
 

@@ -1,12 +1,17 @@
-"""FLUX.1 and Stable Diffusion XL at full size, as `models.py` measures them."""
+"""FLUX.1, Stable Diffusion XL and Wan 2.1 at full size, as `models.py` measures them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from . import peers
 from .models import Model, random_model
 from .op import Case
 from .table import Shape
@@ -84,3 +89,74 @@ class SDXL(Model):
         # the MLPs are a sixteenth of the layer's width, as in the published weights
         narrow, wide = lf.LinFusion(mid_dim=40), lf.LinFusion(mid_dim=80)
         return {"linfusion": {"down_blocks.1.*": narrow, "up_blocks.1.*": narrow, "*": wide}}
+
+
+class Wan(Model):
+    """Wan 2.1 1.3B, 81 frames; pixels are those of the shorter side, 832 x 480 and 1280 x 720."""
+
+    name = "model-wan"
+    stock = ("sdpa-cudnn", "_native_cudnn")
+    cases = tuple(_case("model-wan", 12, tokens, 128, px) for px, tokens in ((480, 32760), (720, 75600)))
+
+    def build(self, device: torch.device, few: bool = False) -> nn.Module:
+        from diffusers import WanTransformer3DModel
+
+        layers = 2 if few else 30
+        return random_model(
+            WanTransformer3DModel, device, num_attention_heads=12, attention_head_dim=128, num_layers=layers,
+            ffn_dim=8960,
+        )  # fmt: skip
+
+    def inputs(self, px: int, device: torch.device) -> dict[str, Any]:
+        new: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+        wide = 832 if px == 480 else px * 16 // 9 // 16 * 16
+        return {
+            "hidden_states": torch.randn(1, 16, 21, px // 8, wide // 8, **new),
+            "timestep": torch.tensor([500], device=device),
+            "encoder_hidden_states": torch.randn(1, 512, 4096, **new),
+        }
+
+    def mechanisms(self) -> dict[str, Any]:
+        import linfusion as lf
+
+        return {"softmax": lf.Softmax(), "sla": lf.SLA(topk=0.05)}
+
+    def checked(self, config: Any) -> Any:
+        """SLA with a share of the blocks of which one more or less is lost in rounding, as bf16 may choose another."""
+        return replace(config, topk=0.9) if config.name == "sla" else config
+
+    def cores(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+        """What is called no attention hands the values on: all the rest of the model."""
+        return {
+            "no-attention": partial(self_attention_by, lambda: lambda q, k, v: v),
+            "official-sla": partial(self_attention_by, _official_sla),
+        }
+
+
+def _official_sla() -> Callable[..., Tensor]:
+    call: Callable[..., Any] = peers.official_sla(128, 0.05, 128).call
+    weight, bias = torch.zeros(128, 128, device="cuda"), torch.zeros(128, device="cuda")
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return call(q, k, v, weight, bias).transpose(1, 2)
+
+    return core
+
+
+@contextmanager
+def self_attention_by(make: Callable[[], Callable[..., Tensor]]) -> Iterator[None]:
+    """Wan's attention among `[B, S, H, D]` of one length, which its cross-attention never has here."""
+    from diffusers.models.transformers import transformer_wan
+
+    host: Any = transformer_wan
+    core, stock = make(), host.dispatch_attention_fn
+
+    def dispatch(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+        return core(q, k, v) if q.shape[1] == k.shape[1] else stock(q, k, v, **settings)
+
+    host.dispatch_attention_fn = dispatch
+    try:
+        yield
+    finally:
+        host.dispatch_attention_fn = stock

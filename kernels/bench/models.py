@@ -9,6 +9,7 @@ import copy
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..backend import without_triton
 from . import timing
 from .checks import relative_error
-from .op import Bench, Case
+from .op import Bench, Case, Missing
 from .report import OURS
 from .runner import Session, one_line, release
 
@@ -43,6 +44,13 @@ class Model(Bench):
             if session.wants(name):
                 with _Backend(model, backend):
                     self._time(model, inputs, case, name, session)
+            for name, core in self.cores().items():
+                if session.wants(name):
+                    try:
+                        with core():
+                            self._time(model, inputs, case, name, session)
+                    except Missing as error:
+                        session.say(f"{self.name} {case.shape}: {name} left out, {error}")
             for mechanism, config in right.items():
                 # the backend is the host's business, and only its own attention uses it
                 with _Backend(model, backend if mechanism == "softmax" else None), _applied(model, config):
@@ -59,6 +67,14 @@ class Model(Bench):
     @abstractmethod
     def mechanisms(self) -> dict[str, Any]:
         """What `linfusion.apply` takes, by name."""
+
+    def checked(self, config: Any) -> Any:
+        """With which settings a mechanism is checked, if others than those that are timed."""
+        return config
+
+    def cores(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+        """Others by name: what puts theirs in the place of the host's self-attention, after norms and rotation."""
+        return {}
 
     def _right(self, mechanism: str, config: Any, session: Session) -> bool:
         name = f"{self.name} {mechanism}"
@@ -78,7 +94,7 @@ class Model(Bench):
         """Relative error of the model's output with our kernels, and twice that without, plus one rounding."""
         model = self.build(device, few=True)
         inputs = self.inputs(CHECK_PX, device)
-        with _applied(model, config):
+        with _applied(model, self.checked(config)):
             for name, p in model.named_parameters():
                 if ".linfusion." in name:  # last layers start at zero and would hide what is before them
                     fill(name, p)

@@ -14,7 +14,7 @@ from linfusion.kernels.bench.models import Model, random_model
 from linfusion.kernels.bench.op import DIRECTIONS, WHOLE, Case, Missing, Provider
 from linfusion.kernels.bench.table import Row, Shape
 
-from ..models import TINY
+from ..models import HOSTS, TINY
 
 CPU = torch.device("cpu")
 CASES = [case for op in ops.KERNELS.values() for case in op.cases]
@@ -419,3 +419,24 @@ def test_parts():
 def test_names():
     assert all(case.op == name for name, op in ops.OPS.items() for case in op.cases)
     assert len({(c.op, c.shape) for c in CASES}) == len(CASES)
+
+
+def test_only_self_attention_is_replaced():
+    """By the others' in a whole model: with the values as they are, and with the host's own."""
+    from diffusers.models.transformers import transformer_wan as host
+
+    from linfusion.kernels.bench.denoisers import self_attention_by
+
+    model, inputs, stock = HOSTS["wan"].build(), HOSTS["wan"].inputs(2, 3), host.dispatch_attention_fn
+    with torch.no_grad():
+        want, lengths = model(**inputs)[0], []
+
+        def same(q, k, v):
+            lengths.append(q.shape[1])
+            return stock(q, k, v)
+
+        with self_attention_by(lambda: same):
+            assert torch.equal(model(**inputs)[0], want)
+        with self_attention_by(lambda: lambda q, k, v: v):
+            assert not torch.allclose(model(**inputs)[0], want)
+        assert torch.equal(model(**inputs)[0], want) and lengths == [12] * 2

@@ -1,5 +1,8 @@
 """qk_norm_rope: the specification against the formulas written out, and the kernels in Triton's interpreter."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -235,3 +238,30 @@ def test_wrong_input(change, message):
     q, k, v = (torch.randn(2, 5, 3, 8) for _ in range(3))
     with pytest.raises(ValueError, match=message):
         qk_norm_rope(q, k, v, eps=1e-6, **change)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from linfusion.kernels import prologue_triton as kernels
+
+def build(kernel, **constants):
+    constants = dict(D=128, BD=128, BH=32, NORM=True, WEIGHT=True, ROPE=True, PER_HEAD=False) | constants
+    types = {n: "constexpr" if n in constants else "fp32" if n == "eps" else "i32" for n in kernel.arg_names}
+    types |= {n: "*bf16" for n in types if n.isupper() and n not in constants}
+    types |= {n: "*fp32" for n in ("COS", "SIN", "PARTIAL") if n in types}
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
+
+for across, paired in ((False, True), (True, False)):
+    build(kernels.prologue_kernel, ACROSS=across, PAIRED=paired, VALUES=True)
+    build(kernels.prologue_backward_kernel, ACROSS=across, PAIRED=paired, LEARN=True, STAGES=2)
+"""
+
+
+def test_the_compiler_takes_them():
+    """It checks types that the interpreter does not; compiling for a GPU needs none."""
+    pytest.importorskip("triton")
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
