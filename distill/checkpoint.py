@@ -24,9 +24,10 @@ from .data.store import first_difference, write_json, write_tensors
 RUN, TRAINED = "run.json", "trained.safetensors"
 # settings that may change between a checkpoint and its continuation without changing what is computed
 FREE = {
-    "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "logging_steps", "report_to", "tracker_project_name", "validation_prompts", "validation_steps",
-    "num_inference_steps", "adapter_dtype", "dataloader_num_workers", "gradient_checkpointing", "stages", "data_dir",
+    "output_dir", "max_train_steps", "max_train_minutes", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "logging_steps", "report_to", "tracker_project_name", "validation_prompts",
+    "validation_steps", "num_inference_steps", "adapter_dtype", "dataloader_num_workers", "gradient_checkpointing",
+    "stages", "data_dir",
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class SampleConfig:
 class TrainConfig:
     """`linfusion distill train`."""
 
-    mechanism: dict[str, Any] = flag({}, "name and settings of the mechanism")
+    mechanism: dict[str, Any] = flag({}, "name and settings of the mechanism, or patterns of layers with those")
     layers: list[str] = flag([], "patterns of the layers to replace; default all")
     data_dir: str = flag("distill-data", "what `linfusion distill sample` wrote")
     output_dir: str = flag("distill-run", "checkpoints, logs, pictures and the adapter")
@@ -67,6 +67,9 @@ class TrainConfig:
     # optimisation
     seed: int = flag(0, "of order, times and noise")
     max_train_steps: int = flag(1000, "optimiser steps")
+    max_train_minutes: float | None = flag(
+        None, "of one process: ends sooner, after these, the learning rate falling to zero over the last 40 %"
+    )
     train_batch_size: int = flag(16, "samples a process and forward")
     gradient_accumulation_steps: int = flag(1, "forwards an optimiser step")
     gradient_checkpointing: bool = flag(False, "less memory, more time")
@@ -110,7 +113,7 @@ class EvalConfig:
     num_inference_steps: int | None = flag(None, "default the pipeline's own")
     guidance_scale: float | None = flag(None, "default the pipeline's own")
     seed: int = flag(0, "picture i starts from noise of seed + i, for teacher and student")
-    features: str = flag("vae", "network of FID and KID: vae (the pipeline's own), inception, clip, none")
+    features: str = flag("vae", "network of FID and KID: vae (the pipeline's own), inception, clip; or none, nor LPIPS")
     retrieval_data: str | None = flag(None, "embedded models: their training pictures, for retrieval top-1")
 
 

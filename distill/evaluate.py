@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..apply import restore
@@ -66,6 +67,7 @@ def evaluate(
     settings: dict[str, Any] = {"steps": config.num_inference_steps, "guidance": config.guidance_scale}
     figures: dict[str, Any] = {"prompts": len(prompts), "seed": config.seed, "features": config.features, "sizes": {}}
     rows: list[tuple[str, Tensor]] = []
+    folder.mkdir(parents=True, exist_ok=True)
     for size in sizes:
         restore(pipe)
         say(f"teacher at {size or 'its own'} pixels")
@@ -74,19 +76,19 @@ def evaluate(
         pixels = theirs.shape[-1]
         found: dict[str, Any] = {"teacher seconds a step": _seconds(pipe, prompts[0], size, settings)}
         found |= {f"teacher {name}": measure(theirs, prompts) for name, measure in (measures or {}).items()}
+        figures["sizes"][str(pixels)] = found
         rows.append((f"teacher\n{pixels} px", theirs))
         for label, put_in in students.items():
             say(f"{label} at {pixels} pixels")
             put_in(pipe)
             ours = draw(pipe, prompts, **drawing)
-            found |= {f"{label} {k}": v for k, v in _compare(theirs, ours, features).items()}
+            found |= {f"{label} {k}": v for k, v in _compare(theirs, ours, features, pipe.device).items()}
             found[f"{label} seconds a step"] = _seconds(pipe, prompts[0], size, settings)
             found[f"{label} attention work left"] = describe(pipe).attention_work_left
             found |= {f"{label} {name}": measure(ours, prompts) for name, measure in (measures or {}).items()}
             rows.append((f"{label}\n{pixels} px", ours))
             restore(pipe)
-        figures["sizes"][str(pixels)] = found
-    folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / card.FIGURES, figures)  # who stops a long evaluation keeps what was measured so far
     write_json(folder / card.FIGURES, figures)
     sheet(rows, prompts[:8], folder / card.SHEET)
     if (folder / card.FACTS).is_file():
@@ -94,15 +96,19 @@ def evaluate(
     return figures
 
 
-def _compare(theirs: Tensor, ours: Tensor, features: Any) -> dict[str, float | None]:
+def _compare(theirs: Tensor, ours: Tensor, features: Any, device: torch.device) -> dict[str, float | None]:
     """PSNR is the mean over pictures, equal ones counted as 100 dB."""
-    found: dict[str, float | None] = {
-        "psnr": statistics.fmean(min(p, 100.0) for p in psnr(theirs, ours)),
-        "ssim": ssim(theirs, ours),
-        "lpips": lpips(theirs, ours),
-    }
-    if features is not None and len(theirs) > 1:
-        found |= distances(theirs, ours, features)
+    near: list[float] = []
+    alike = 0.0
+    for parts in zip(theirs.split(32), ours.split(32), strict=True):  # in float64, many times their memory
+        a, b = (part.to(device) for part in parts) if device.type == "cuda" else parts
+        near += [min(p, 100.0) for p in psnr(a, b)]
+        alike += ssim(a, b) * len(a)
+    found: dict[str, float | None] = {"psnr": statistics.fmean(near), "ssim": alike / len(theirs)}
+    if features is not None:
+        found["lpips"] = lpips(theirs, ours)
+        if len(theirs) > 1:
+            found |= distances(theirs, ours, features)
     return found
 
 

@@ -122,7 +122,7 @@ def planned(stage: nn.Module, parameters: list[nn.Parameter], ema: bool) -> str:
 
 
 @contextmanager
-def measured(first: int, last: int, accelerator: Accelerator) -> Iterator[Callable[[int], None]]:
+def measured(first: int, last: int | None, accelerator: Accelerator) -> Iterator[Callable[[int], None]]:
     """Gives a function to call after each step, which tells time and memory once, after the first ones."""
     mark = 0.0
 
@@ -136,8 +136,10 @@ def measured(first: int, last: int, accelerator: Accelerator) -> Iterator[Callab
         now = time.perf_counter()
         if done == WARM_UP + TIMED and accelerator.is_main_process:
             each = (now - mark) / TIMED
-            logger.info("%.3f s a step, peak memory %s; the remaining %d steps take about %.1f minutes.",
-                        each, _mib(_peak(accelerator.device)), last - step, (last - step) * each / 60)  # fmt: skip
+            rest = ""
+            if last is not None:
+                rest = f"; the remaining {last - step} steps take about {(last - step) * each / 60:.1f} minutes"
+            logger.info("%.3f s a step, peak memory %s%s.", each, _mib(_peak(accelerator.device)), rest)
         mark = now
 
     yield after

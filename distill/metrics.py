@@ -18,7 +18,7 @@ def psnr(a: Tensor, b: Tensor) -> list[float]:
 
 def ssim(a: Tensor, b: Tensor) -> float:
     """Structural similarity (Wang et al. 2004): Gaussian windows of 11 pixels, sigma 1.5, over all colours."""
-    offsets = torch.arange(11, dtype=torch.float64) - 5
+    offsets = torch.arange(11, dtype=torch.float64, device=a.device) - 5
     line = torch.exp(-(offsets**2) / (2 * 1.5**2))
     line = line / line.sum()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -59,15 +60,23 @@ def _layers(student: nn.Module) -> list[str]:
     return list(record.entries)
 
 
-def _mechanism(config: TrainConfig, adapter: Adapter | None) -> MechanismConfig | dict[str, MechanismConfig]:
-    """What to apply; an adapter to start from must be of the same mechanism, and may stand for it."""
-    asked = config_from_dict(config.mechanism) if config.mechanism else None
+def asked_for(mechanism: dict[str, Any]) -> dict[str, MechanismConfig]:
+    """Mechanisms by pattern of layers, from a setting that names one for all of them or one for each pattern."""
+    by_pattern = mechanism if all(isinstance(value, dict) for value in mechanism.values()) else {"*": mechanism}
+    return {pattern: config_from_dict(settings) for pattern, settings in by_pattern.items()}
+
+
+def _mechanism(config: TrainConfig, adapter: Adapter | None) -> dict[str, MechanismConfig]:
+    """What to apply, by pattern or name; an adapter to start from must be of the same, and may stand for it."""
+    asked = asked_for(config.mechanism)
     if adapter is None:
-        if asked is None:
+        if not asked:
             raise ValueError("Which mechanism? Add --mechanism NAME, or --init_adapter.")
         return asked
-    if asked is not None and any(c != asked for c in adapter.layers.values()):
-        raise ValueError(f"{adapter.source} is of {next(iter(adapter.layers.values()))}, {asked} was asked for.")
+    for name, found in adapter.layers.items() if asked else ():
+        wanted = next((c for pattern, c in asked.items() if fnmatchcase(name, pattern)), None)
+        if found != wanted:
+            raise ValueError(f"{adapter.source} is of {found}, {wanted} was asked for.")
     return adapter.layers
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -45,7 +47,7 @@ def train(
     Args:
         pipe: the teacher's pipeline; used up: load another one afterwards.
         model: its name or folder, for the model card.
-        on_progress: called with the step, of how many, and a few words.
+        on_progress: called with the step, of how many (0 where time decides), and a few words.
 
     Returns:
         `<output_dir>/adapter`.
@@ -98,6 +100,9 @@ class Run:
             config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )  # fmt: skip
+        self.limit = Limit(config.max_train_minutes)
+        if config.max_train_minutes is not None:
+            self.scheduler.lr_lambdas = [self.limit.shortened(rate) for rate in self.scheduler.lr_lambdas]
         self.meter = Meter()
         accelerator.register_for_checkpointing(self.scheduler, self.meter, *([self.ema] if self.ema else []))
         self.checkpoints = Checkpoints(accelerator, config, trained)
@@ -116,19 +121,26 @@ class Run:
         first = self.step * c.gradient_accumulation_steps
         positions = Positions(first, c.train_batch_size, accelerator.process_index, accelerator.num_processes)
         cuda = accelerator.device.type == "cuda"
-        with measured(self.step, c.max_train_steps, accelerator) as after_step:
+        total = c.max_train_steps if c.max_train_minutes is None else None
+        with measured(self.step, total, accelerator) as after_step:
             if self.step < c.max_train_steps:
                 for batch in batches(stream, positions, c.dataloader_num_workers, pin=cuda):
                     batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
                     if not self._one(batch):
                         continue
                     self.step += 1
+                    self.limit.tick()
                     self._now_and_then()
                     after_step(self.step)
                     if on_progress is not None:
-                        on_progress(self.step, c.max_train_steps, self.log.words)
-                    if self.step >= c.max_train_steps:
+                        on_progress(self.step, total or 0, self.log.words)
+                    if self.last:
                         break
+
+    @property
+    def last(self) -> bool:
+        """Whether this step is the end, by number or by time."""
+        return self.step >= self.config.max_train_steps or self.limit.over
 
     def _one(self, batch: dict[str, torch.Tensor]) -> bool:
         """Forward and backward; whether that made an optimiser step."""
@@ -150,7 +162,7 @@ class Run:
 
     def _now_and_then(self) -> None:
         c, step = self.config, self.step
-        last = step >= c.max_train_steps
+        last = self.last
         saves, draws = step % c.checkpointing_steps == 0 or last, bool(c.validation_prompts)
         if saves or last or step % c.logging_steps == 0:
             self.health.check(step, self.checkpoints.last())
@@ -223,6 +235,30 @@ class Run:
         return final
 
 
+class Limit:
+    """A time that training may take, from its first step on, which compiles; without one it is never over."""
+
+    decay = 0.4
+
+    def __init__(self, minutes: float | None) -> None:
+        self.seconds = math.inf if minutes is None else 60 * minutes
+        self.begun, self.passed = 0.0, 0.0
+
+    def tick(self) -> None:
+        """After a step."""
+        now = time.monotonic()
+        self.begun = self.begun or now
+        self.passed = (now - self.begun) / self.seconds
+
+    @property
+    def over(self) -> bool:
+        return self.passed >= 1
+
+    def shortened(self, rate: Callable[[int], float]) -> Callable[[int], float]:
+        """A schedule of learning rates that comes down to zero in time."""
+        return lambda step: rate(step) * min(1.0, max(0.0, 1 - self.passed) / self.decay)
+
+
 class _Averaged:
     def __init__(self, ema: EMAModel | None, parameters: list[nn.Parameter]) -> None:
         self.ema, self.parameters = ema, parameters
@@ -267,6 +303,11 @@ def _optimizer(trained: dict[str, nn.Parameter], c: TrainConfig, device: torch.d
 
 
 def _check(c: TrainConfig) -> None:
+    if c.max_train_minutes is not None:
+        if not 0 < c.max_train_minutes < math.inf:
+            raise ValueError(f"max_train_minutes must be a positive number, got {c.max_train_minutes}.")
+        if PartialState().num_processes > 1:  # whose clocks would part
+            raise NotImplementedError("max_train_minutes is for one process; give max_train_steps.")
     for name in (
         "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps",
         "validation_steps", "rank",

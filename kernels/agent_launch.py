@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import HAS_TRITON, multiprocessors, why_not_triton
-from .checks import check_agents, repeat_heads
+from .checks import Bias, check_agents, repeat_heads
 from .eager import differentiable
 from .launch import Launch, Remembered
 
@@ -75,6 +75,15 @@ BLOCKS = {
         (256, MANY): Blocks(64, 16, 8, 2, 1),
     },
 }  # fmt: skip
+# the same where a bias needs shared memory and registers, too; not measured
+BIASED = {
+    "read": {
+        (64, 256): Blocks(64, 128, 8, 3, 2), (128, 128): Blocks(128, 64, 4, 2, 2), (128, 256): Blocks(64, 128, 8, 3, 1),
+    },
+    "query_whole": {(64, 128): Blocks(128, 32, 8, 2, 1), (128, 64): Blocks(64, 64, 8, 2, 1)},
+    "key_whole": {(64, 128): Blocks(128, 32, 8, 2, 1), (128, 64): Blocks(64, 32, 8, 2, 1)},
+    "query_agents": {(128, MANY): Blocks(64, 32, 4, 2, 2)},
+}  # fmt: skip
 # fp32 takes small blocks, its products need room
 WIDE = Blocks(16, 16, 4, 1, 2)
 MERGED = 16  # agents in a program that merges or sums
@@ -96,14 +105,15 @@ class Plan(NamedTuple):
         return {"FULL": agents % self.settings["BN"] == 0}
 
 
-def blocks(kernel: str, agents: int, dim: int, wide: bool) -> Blocks | None:
+def blocks(kernel: str, agents: int, dim: int, wide: bool, rank: int = 0) -> Blocks | None:
     """The kernel's block sizes; None where it does not take so many agents of such a head dim."""
-    sizes = (b for (most, count), b in BLOCKS[kernel].items() if dim <= most and agents <= count)
-    found = next(sizes, None)
+    known = BLOCKS[kernel] | (BIASED.get(kernel, {}) if rank else {})
+    sizes = (b for (most, count), b in known.items() if dim <= most and agents <= count)
+    block = next(sizes, None)
     if wide:
-        found = WIDE._replace(warps=4 if dim <= 64 else 8)
-        found = found if agents <= WIDE.agents or "whole" not in kernel else None
-    return None if found is None else found._replace(agents=min(found.agents, _padded(agents)))
+        block = WIDE._replace(warps=4 if dim <= 64 else 8)
+        block = block if agents <= WIDE.agents or "whole" not in kernel else None
+    return None if block is None else block._replace(agents=min(block.agents, _padded(agents)))
 
 
 def _padded(n: int) -> int:
@@ -120,7 +130,7 @@ def plan(kernel: str, x: Tensor, agents: Tensor, rank: int, *read: Tensor, budge
     """
     (batch, tokens, _, dim), (count, heads) = x.shape, agents.shape[1:3]
     aligned = dim % 8 == 0 and all(n % 8 == 0 for y in (x, *read) for n in y.stride()[:-1])
-    block = blocks(kernel, count, dim, x.element_size() == 4)
+    block = blocks(kernel, count, dim, x.element_size() == 4, rank)
     assert block is not None  # asked before
     tiles, programs = -(-count // block.agents), block.programs * multiprocessors(x.device)
     if "tokens" in kernel or (kernel == "read" and tiles > 1):
@@ -177,8 +187,9 @@ def suits(
         key_table, query_table: dense biases where there are no weights.
         trained: whether gradients of the weights are wanted.
     """
-    key_bias, query_bias = (
-        (t if w is None else (t, w)) for t, w in ((key_table, key_weights), (query_table, query_weights))
+    key_bias: Bias | None = key_table if key_table is None or key_weights is None else (key_table, key_weights)
+    query_bias: Bias | None = (
+        query_table if query_table is None or query_weights is None else (query_table, query_weights)
     )
     check_agents(q, k, v, agents, scale, agent_scale, key_bias, query_bias, shortcut)
     lacking: str | None = None

@@ -8,6 +8,9 @@ that cells overlap where n does not divide L.
 import triton
 import triton.language as tl
 
+# no kernel is compiled again for another grid
+GRID = ("frames", "height", "width", "across_f", "across_h", "across_w", "cover_f", "cover_h", "cover_w")
+
 
 @triton.jit
 def _first(cell, length, cells):
@@ -19,7 +22,7 @@ def _stop(cell, length, cells):
     return ((cell + 1) * length + cells - 1) // cells
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRID)
 def pool_kernel(
     X, OUT, frames, height, width, across_f, across_h, across_w, heads, xb, xs, xh,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
@@ -50,7 +53,7 @@ def _covering(at, offset, length, cells):
     return cell, tl.where((cell < cells) & (first <= at) & (at < stop), stop - first, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRID)
 def pool_backward_kernel(
     G, DX, frames, height, width, across_f, across_h, across_w, cover_f, cover_h, cover_w, heads, gb, gn, gh,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,

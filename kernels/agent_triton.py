@@ -19,6 +19,8 @@ import triton.language as tl
 from .linear_triton import FLUSHING_EXP, _aligned, _load
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# what follows from a sequence's length: no kernel is compiled again for another one
+LENGTHS = ("tokens", "chunk", "parts", "slot", "slots")
 
 
 @triton.jit
@@ -75,7 +77,7 @@ def _rows(P, at, rows, left, D: tl.constexpr, cols):
     return P + at * D + (rows[:, None] * D + cols[None, :]), (rows < left)[:, None] & (cols < D)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def gather_kernel(
     A, K, V, T, W, OUT, LSE, count, tokens, chunk, heads, group, parts, scale,
     ab, an, ah, kb, ks, kh, vb, vs, vh, th,
@@ -119,7 +121,7 @@ def gather_kernel(
     tl.store(LSE + record + agents, top + tl.log2(total), mask=agents < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def merge_kernel(
     PARTS, LSES, OUT, LSE, count, parts,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
@@ -157,7 +159,7 @@ def _read_store(
         tl.store(LSE + at + rows, lse, mask=rows < left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def read_kernel(
     Q, A, C, T, W, V, OUT, LSE, count, tokens, chunk, heads, group, scale, shortcut,
     qb, qs, qh, ab, an, ah, vb, vs, vh, th,
@@ -226,7 +228,7 @@ def read_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def whole_backward_kernel(
     X, Y, A, C, T, W, LSE, DELTA, DX, DY, DA, DC, DT, count, tokens, chunk, heads, group, slot, slots, scale,
     xb, xs, xh, yb, ys, yh, ab, an, ah, th,
@@ -299,7 +301,7 @@ def whole_backward_kernel(
         tl.store(place, dt, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def tokens_backward_kernel(
     X, Y, A, C, T, W, LSE, DELTA, OUT, DX, DY, count, tokens, heads, group, scale,
     xb, xs, xh, yb, ys, yh, ab, an, ah, th,
@@ -358,7 +360,7 @@ def tokens_backward_kernel(
         tl.store(DY + place, dy.to(x.dtype), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def agents_backward_kernel(
     X, Y, A, C, T, W, LSE, DELTA, DA, DC, DT, count, tokens, chunk, heads, group, slot, slots, parts, scale,
     xb, xs, xh, yb, ys, yh, ab, an, ah, th,
@@ -417,7 +419,7 @@ def agents_backward_kernel(
         tl.store(place, dt, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def sum_kernel(
     PARTS, C, OUT, DELTA, count, parts, heads, ob, on, oh,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, DELTAS: tl.constexpr,

@@ -6,12 +6,13 @@ runs: whole-model `torch.compile`, where the noise level cannot be read while tr
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SCORES = 2**24
+_SCORES = 2**26
 """Similarities held at a time."""
 
 
@@ -47,10 +48,9 @@ def merge(x: Tensor, slots: Tensor, left: int) -> Tensor:
     Summed and counted in fp32: flat regions send hundreds of tokens to one slot, and bf16 has no 257.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    sums = x.new_zeros((x.shape[0], left, x.shape[2]), dtype=wide)
-    counts = x.new_zeros((x.shape[0], left), dtype=wide)
-    sums = sums.scatter_add(1, _columns(slots, x), x.to(wide))
-    counts = counts.scatter_add(1, slots, counts.new_ones(()).expand(slots.shape))
+    sums = x.new_zeros((x.shape[0], left, x.shape[2]), dtype=wide).scatter_add_(1, _columns(slots, x), x.to(wide))
+    ones = x.new_ones((1, 1), dtype=wide).expand(slots.shape)
+    counts = x.new_zeros((x.shape[0], left), dtype=wide).scatter_add_(1, slots, ones)
     return (sums / counts[..., None]).to(x.dtype)
 
 
@@ -65,24 +65,28 @@ def _columns(slots: Tensor, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("linfusion::merge_slots", mutates_args=())
 def _slots_op(x: Tensor, cell: Tensor, seed: Tensor, grid: Sequence[int], left: Sequence[int]) -> Tensor:
-    targets, sources = (part.to(x.device) for part in _draw((grid[0], grid[1]), int(cell), int(seed)))
+    (batch, tokens), side = x.shape[:2], int(cell)
+    ordered, place = _draw((grid[0], grid[1]), side, int(seed)).to(x.device)
+    targets = (grid[0] // side) * (grid[1] // side)
     # similarities in x's dtype, as published: at 2048 px they are more work than all attention, in fp32 by far
-    unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)
-    to = unit[:, targets].transpose(1, 2)
-    chunk = max(1, _SCORES // (x.shape[0] * len(targets)))
-    best = [(unit[:, part] @ to).max(dim=-1) for part in sources.split(chunk)]
-    closest = torch.cat([b.indices for b in best], dim=1)
-    order = torch.cat([b.values for b in best], dim=1).argsort(dim=-1, descending=True)
-    slots = x.new_empty(len(left), *x.shape[:2], dtype=torch.int64)
-    for plan, tokens in zip(slots, left, strict=True):
-        if not 0 < tokens <= x.shape[1]:
-            raise ValueError(f"{tokens} of {x.shape[1]} tokens cannot be left.")
-        count, kept = min(x.shape[1] - tokens, len(sources)), max(tokens - len(targets), 0)
-        plan[:, targets] = kept + torch.arange(len(targets), device=x.device)
-        plan.scatter_(1, sources[order[:, count:]], torch.arange(kept, device=x.device).expand(x.shape[0], -1))
-        gone = order[:, :count]
-        plan.scatter_(1, sources[gone], kept + closest.gather(1, gone)).clamp_(max=tokens - 1)
-    return slots
+    unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)[:, ordered]
+    to = unit[:, :targets].mT
+    chunk = max(1, _SCORES // (batch * targets))
+    best = [(part @ to).max(dim=-1) for part in unit[:, targets:].split(chunk, dim=1)]
+    values, closest = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
+    # ranks of the sources, the most similar first; targets go before all, each to itself
+    rank = torch.full((batch, tokens), -1, dtype=torch.int64, device=x.device)
+    counted = torch.arange(tokens, device=x.device).expand(batch, -1)
+    rank[:, targets:].scatter_(1, values.argsort(dim=-1, descending=True), counted)
+    rank = rank[:, place]
+    closest = torch.cat((counted[:, :targets], closest), dim=1)[:, place]
+    plans = []
+    for few in left:
+        if not 0 < few <= tokens:
+            raise ValueError(f"{few} of {tokens} tokens cannot be left.")
+        count, kept = min(tokens - few, tokens - targets), max(few - targets, 0)
+        plans.append(torch.where(rank < count, closest + kept, rank - count).clamp_(max=few - 1))
+    return torch.stack(plans)
 
 
 @_slots_op.register_fake
@@ -90,15 +94,27 @@ def _(x: Tensor, cell: int, seed: int, grid: list[int], left: list[int]) -> Tens
     return x.new_empty((len(left), *x.shape[:2]), dtype=torch.int64)
 
 
-def _draw(grid: tuple[int, int], cell: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Targets, and all other tokens; drawn on the CPU: the same ones on every device."""
+def _draw(grid: tuple[int, int], cell: int, seed: int) -> Tensor:
+    """All tokens, targets first, and where among them each token is, `[2, N]`.
+
+    Drawn on the CPU: the same ones on every device.
+    """
+    corners, inside = _cells(grid, cell)
+    generator = torch.Generator().manual_seed(seed)
+    targets = corners + inside[torch.randint(cell * cell, corners.shape, generator=generator)]
+    others = torch.ones(grid[0] * grid[1], dtype=torch.bool)
+    others[targets] = False
+    ordered = torch.cat((targets, others.nonzero()[:, 0]))
+    return torch.stack((ordered, ordered.argsort()))
+
+
+@lru_cache(maxsize=8)
+def _cells(grid: tuple[int, int], cell: int) -> tuple[Tensor, Tensor]:
+    """The first token of each cell, and how much further its tokens are."""
     rows, columns = grid[0] // cell, grid[1] // cell
     if rows * columns == 0:
         raise ValueError(f"A grid of {grid[0]} x {grid[1]} tokens has no {cell} x {cell} cell to merge into.")
-    place = torch.randint(cell * cell, (rows, columns), generator=torch.Generator().manual_seed(seed))
-    y = torch.arange(rows)[:, None] * cell + place // cell
-    z = torch.arange(columns)[None] * cell + place % cell
-    targets = (y * grid[1] + z).flatten()
-    others = torch.ones(grid[0] * grid[1], dtype=torch.bool)
-    others[targets] = False
-    return targets, others.nonzero().flatten()
+    with torch.inference_mode(False):  # the cache outlives an inference-mode caller
+        across, down = torch.arange(columns) * cell, torch.arange(rows)[:, None] * (cell * grid[1])
+        step = torch.arange(cell)
+        return (down + across).flatten(), (step[:, None] * grid[1] + step).flatten()

@@ -136,7 +136,7 @@ def read_adapter(source: str | Path) -> Adapter:
 def write_adapter(
     folder: str | Path, model: str, layers: Mapping[str, MechanismConfig], tensors: dict[str, Tensor]
 ) -> None:
-    """Write what `read_adapter` reads; ValueError where there is no such place."""
+    """Write what `read_adapter` reads; ValueError where there is no such place, OSError where the disk is full."""
     config = {
         "linfusion_version": __version__,
         "model": model,
@@ -148,8 +148,13 @@ def write_adapter(
     except (FileNotFoundError, FileExistsError, NotADirectoryError):
         raise ValueError(f"Cannot save to {folder}: it must be a folder, or new in a folder that exists.") from None
     # a temporary name first: a killed save leaves no half file under the real one
-    save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
-    (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
+        (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        for name in (WEIGHTS, CONFIG):
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
+        raise OSError(f"{folder} could not be written ({error}); nothing there was changed.") from None
     os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
     os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
 

@@ -78,7 +78,10 @@ def apply(
         pipe_or_model: a pipeline with a `unet` or `transformer`, or such a model itself.
         mechanism: a config such as `CLEAR(radius=16)`, or a dict of layer-name patterns to configs, the first
             matching pattern wins and layers without one stay as they are. Applying again replaces.
-        layers: which layers, as a pattern, several, or a predicate on the name; default all self-attention.
+        layers: which layers, as a pattern, several, or a predicate on the name; default all self-attention. In a
+            pipeline of several models (Wan 2.2) patterns fit a layer's name in its model and that with the model's
+            before it, as `describe` prints it (`transformer_2.blocks.0.attn1`); a predicate gets the latter where it
+            takes none of the former.
         weights: an adapter folder or Hub id written by `save`.
         fuse_prologue: where Triton can run, let one kernel do the host's norms of queries and keys, its rotation and
             the joining of text and image: faster, and as exact as the host, but not its bits. False keeps those.
@@ -101,9 +104,9 @@ def apply_adapter(
     models = denoisers(pipe_or_model)
     if adapter is not None and len(models) > 1:
         raise ValueError("Weights belong to one model; apply them to it: linfusion.apply(pipe.transformer, ...).")
-    plans = [(model, _plan(model, mechanism, layers, fuse_prologue)) for model in models]
+    plans = _plans(named_denoisers(pipe_or_model), mechanism, layers, fuse_prologue)
     for model, record in plans:
-        if adapter is not None:
+        if adapter is not None and record is not None:
             adapter.check(model, {name: e.mechanism for name, e in record.entries.items()})
     added = any(_has_parameters(record) for _, record in plans) or bool(adapter and (adapter.host or adapter.low_rank))
     done: list[tuple[nn.Module, Record | None]] = []
@@ -141,6 +144,21 @@ def applied(pipe_or_model: Host, mechanism: Choice, **settings: Any) -> Iterator
         restore(pipe_or_model)
 
 
+@contextmanager
+def kept(pipe_or_model: Host) -> Iterator[Host]:
+    """Whatever is applied or restored within the with block, afterwards stands what stood before, weights and all."""
+    models = denoisers(pipe_or_model)
+    before = [(model, record_of(model)) for model in models]
+    try:
+        yield pipe_or_model
+    finally:
+        changed = [(model, record) for model, record in before if record_of(model) is not record]
+        moved = any(record is not None and _has_parameters(record) for _, record in changed)
+        with without_sequential_offload(pipe_or_model, models, moved or _has_originals(models)):
+            for model, record in changed:
+                _put_back(model, record)
+
+
 def attn_processors(
     model: Any, mechanism: Choice, *, layers: Layers = None, fuse_prologue: bool = True
 ) -> dict[str, Any]:
@@ -154,7 +172,8 @@ def attn_processors(
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_processor"):
         raise ValueError(f"{type(model).__name__} has no set_attn_processor; use linfusion.apply.")
-    record = _plan(model, mechanism, layers, fuse_prologue)
+    ((_, record),) = _plans({"": model}, mechanism, layers, fuse_prologue)
+    assert record is not None  # something was chosen, and there is but this model
     with without_sequential_offload(model, [model], _has_parameters(record) or _has_originals([model])):
         _replace(model, record, None, set_processors=False)
     processors: Any = model.attn_processors
@@ -167,9 +186,16 @@ def denoisers(pipe_or_model: Any) -> list[nn.Module]:
 
 
 def named_denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
-    """`denoisers` by the pipeline's names for them, which tell two of one class apart (Wan 2.2); "" for a model."""
+    """`denoisers` by the pipeline's names for them, which tell two of one class apart (Wan 2.2); "" for a model.
+
+    Several ControlNets stand in one module, which has no attention of its own: the answer is each of them, once.
+    """
     if isinstance(pipe_or_model, nn.Module):
-        return {"": getattr(pipe_or_model, "_orig_mod", pipe_or_model)}
+        model = getattr(pipe_or_model, "_orig_mod", pipe_or_model)
+        nets = getattr(model, "nets", None)
+        if not isinstance(nets, nn.ModuleList):
+            return {"": model}
+        return {f"nets.{i}": net for i, net in enumerate(nets) if not any(net is other for other in nets[:i])}
     found = {name: getattr(pipe_or_model, name, None) for name in COMPONENTS}
     models = {name: getattr(m, "_orig_mod", m) for name, m in found.items() if isinstance(m, nn.Module)}
     if not models:
@@ -184,23 +210,36 @@ def record_of(model: nn.Module) -> Record | None:
     return model.__dict__.get(RECORD)
 
 
-def _plan(model: nn.Module, mechanism: Choice, layers: Layers, fuse_prologue: bool) -> Record:
-    """Build every mechanism and check all that can be known; touches nothing."""
+def _plans(
+    models: Mapping[str, nn.Module], mechanism: Choice, layers: Layers, fuse_prologue: bool
+) -> list[tuple[nn.Module, Record | None]]:
+    """A checked plan for each model; None for one in which nothing was chosen. Touches nothing."""
     if not isinstance(fuse_prologue, bool):
         raise ValueError(f"fuse_prologue must be true or false, got {fuse_prologue!r}.")
+    names = [(part, name) for part, model in models.items() for name, _ in family_of(model).layers(model)]
+    if not names:
+        raise ValueError(
+            f"{' + '.join(type(m).__name__ for m in models.values())} has no self-attention that could be replaced, "
+            "only other layers."
+        )
+    chosen = _choose(names, mechanism, layers)
+    wanted = {part: {name: config for (p, name), config in chosen.items() if p == part} for part in models}
+    return [(model, _plan(model, wanted[p], fuse_prologue) if wanted[p] else None) for p, model in models.items()]
+
+
+def _plan(model: nn.Module, chosen: Mapping[str, MechanismConfig], fuse_prologue: bool) -> Record:
+    """Build every mechanism and check all that can be known; touches nothing."""
     family = family_of(model)
     parallel = getattr(model, "_parallel_config", None)
     if getattr(parallel, "context_parallel_config", None) is not None:
         raise NotImplementedError(
             "Context parallelism is on: each rank would attend to its own tokens only. Apply without it."
         )
-    targets = list(family.layers(model))
-    chosen = _choose([name for name, _ in targets], mechanism, layers)
     hosts = dict(family.hosts(model))
     levels = None if family.levels is None else family.levels(model)
     previous = record_of(model)
     record = Record()
-    for name, attn in targets:
+    for name, attn in family.layers(model):
         state = record.hosts.setdefault(
             _host_of(name, hosts), HostState(Layout(), family.layout, frozenset(), family.stock)
         )
@@ -279,37 +318,47 @@ def _placement(model: nn.Module, attn: nn.Module) -> tuple[torch.device, torch.d
     return parameters[0].device if parameters else torch.device("cpu"), dtype
 
 
-def _choose(names: list[str], mechanism: Choice, layers: Layers) -> dict[str, MechanismConfig]:
-    """Which layer gets which config; ValueError for a pattern that matches nothing."""
+def _choose(names: list[tuple[str, str]], mechanism: Choice, layers: Layers) -> dict[tuple[str, str], MechanismConfig]:
+    """Which layer `(model's name in the pipeline, name)` gets which config; ValueError for what has no effect."""
     rules = mechanism if isinstance(mechanism, Mapping) else {"*": mechanism}
     for config in rules.values():
         if not isinstance(config, MechanismConfig):
             raise ValueError(f"mechanism must be a config such as linfusion.CLEAR(radius=16), got {config!r}.")
-    if layers is None or callable(layers):
-        wanted = [n for n in names if layers is None or layers(n)]
+    several = len({part for part, _ in names}) > 1
+    shown = {n: ".".join(n) if several else n[1] for n in names}
+
+    def matching(pattern: str, asked: str) -> list[tuple[str, str]]:
+        found = [n for n in names if fnmatchcase(n[1], pattern) or fnmatchcase(shown[n], pattern)]
+        if not found:
+            raise ValueError(f"{asked} matches none of the {len(names)} layers ({_examples(shown)}).")
+        return found
+
+    if layers is None:
+        wanted = names
+    elif callable(layers):
+        wanted = [n for n in names if layers(n[1])] or [n for n in names if layers(shown[n])]
     else:
         patterns = [layers] if isinstance(layers, str) else layers
         if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
             raise ValueError(f"layers must be a pattern, several, or a predicate on the name, got {layers!r}.")
-        for pattern in patterns:
-            if not any(fnmatchcase(n, pattern) for n in names):
-                raise ValueError(f"layers={pattern!r} matches none of the {len(names)} layers ({_examples(names)}).")
-        wanted = [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
-    chosen: dict[str, MechanismConfig] = {}
+        wanted = [n for p in patterns for n in matching(p, f"layers={p!r}")]
+    left = set(wanted)
+    chosen: dict[tuple[str, str], MechanismConfig] = {}
     for pattern, config in rules.items():
-        matches = [n for n in names if fnmatchcase(n, pattern)]
-        if not matches:
-            raise ValueError(f"Pattern {pattern!r} matches none of the {len(names)} layers ({_examples(names)}).")
-        for name in matches:
-            if name in wanted:
-                chosen.setdefault(name, config)
+        matches = [n for n in matching(pattern, f"Pattern {pattern!r}") if n in left]
+        taken = [n for n in matches if n in chosen]
+        if left and pattern != "*" and len(taken) == len(matches):  # "*" is what others leave, if anything
+            why = "earlier ones take all its layers, put it before them" if taken else "layers= leaves it no layer"
+            raise ValueError(f"Pattern {pattern!r} would have no effect: {why}.")
+        chosen |= {n: config for n in matches if n not in chosen}
     if not chosen:
-        raise ValueError(f"No layer was chosen out of {len(names)} ({_examples(names)}).")
+        raise ValueError(f"No layer was chosen out of {len(names)} ({_examples(shown)}).")
     return chosen
 
 
-def _examples(names: list[str]) -> str:
-    return ", ".join(names[:2] + (["..."] if len(names) > 2 else [])) or "the model has none"
+def _examples(shown: Mapping[Any, str]) -> str:
+    names = list(shown.values())
+    return ", ".join(names[:2] + (["..."] if len(names) > 2 else []))
 
 
 def _host_of(name: str, hosts: dict[str, nn.Module]) -> str:
@@ -320,9 +369,13 @@ def _host_of(name: str, hosts: dict[str, nn.Module]) -> str:
     return max(above, key=len)
 
 
-def _replace(model: nn.Module, record: Record, adapter: Adapter | None, set_processors: bool = True) -> Record | None:
+def _replace(
+    model: nn.Module, record: Record | None, adapter: Adapter | None, set_processors: bool = True
+) -> Record | None:
     """Install a checked plan in place of what was applied before, which is returned; on failure that stands again."""
     previous = _detach(model)
+    if record is None:
+        return previous
     try:
         _attach(model, record, set_processors)
         if adapter is not None:
@@ -433,10 +486,11 @@ def _read_layout(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     shared = state.layout
     shared.grid, shared.tokens = layout.grid, layout.tokens
     shared.text, shared.text_first, shared.text_mask = layout.text, layout.text_first, layout.text_mask
+    shared.references = layout.references
 
 
-def _has_parameters(record: Record) -> bool:
-    return any(True for entry in record.entries.values() for _ in entry.mechanism.parameters())
+def _has_parameters(record: Record | None) -> bool:
+    return record is not None and any(True for e in record.entries.values() for _ in e.mechanism.parameters())
 
 
 def _has_originals(models: Sequence[nn.Module]) -> bool:

@@ -47,7 +47,8 @@ class Layout:
     """What the latest forward of the host said about its sequence; shared by all layers below one hook.
 
     `grid` is a tuple of ints, or an int64 CPU tensor inside a whole-model `torch.compile` of a host that carries its
-    grid in a tensor, or None while unknown.
+    grid in a tensor, or None while unknown. `text` counts all tokens outside the grid; `references` of them are those
+    of reference pictures, which the host puts behind the picture and `reference_tokens_first` before it.
     """
 
     grid: tuple[int, ...] | Tensor | None = None
@@ -55,6 +56,7 @@ class Layout:
     text: int = 0
     text_first: bool = True
     text_mask: Tensor | None = None
+    references: int = 0
 
 
 @dataclass
@@ -91,6 +93,19 @@ class Merged(NamedTuple):
     tokens: Tensor
     agents: Tensor | None
     expand: Callable[[Tensor], Tensor]
+
+
+def reference_tokens_first(x: Tensor, references: int, words: int = 0, dim: int = 1) -> Tensor:
+    """`[words, picture, references]`, the host's order, to `[words, references, picture]`; views of nothing to move."""
+    if references == 0:
+        return x
+    text, picture, others = x.split((words, x.shape[dim] - words - references, references), dim)
+    return torch.cat((text, others, picture), dim)
+
+
+def reference_tokens_last(x: Tensor, references: int, words: int = 0) -> Tensor:
+    """The host's order again: the inverse of `reference_tokens_first`."""
+    return reference_tokens_first(x, x.shape[1] - words - references, words) if references else x
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -267,13 +282,7 @@ class AttnCall:
         return q, k
 
     def _norm(self) -> tuple[Tensor, Tensor]:
-        norms = self.norms
-        if norms is None:
-            return self.q, self.k
-        if norms.text_q is None or norms.text_k is None:
-            return norms.q(self.q), norms.k(self.k)
-        (tq, iq), (tk, ik) = self.split(self.q), self.split(self.k)
-        return self.join(norms.text_q(tq), norms.q(iq)), self.join(norms.text_k(tk), norms.k(ik))
+        return (self.q, self.k) if self.norms is None else (self.norms.q(self.q), self.norms.k(self.k))
 
     def _rotate(self, x: Tensor) -> Tensor:
         if self.rope is None:
@@ -303,11 +312,18 @@ class ApartCall(AttnCall):
 
     q, k, v = _joined(0), _joined(1), _joined(2)
 
-    def __init__(self, image: QKV, words: QKV, **settings: Any) -> None:
-        self.image, self.words = image, words
+    def __init__(self, image: QKV, words: QKV, references: int = 0, **settings: Any) -> None:
+        self.image, self.words = image, words  # reference tokens, which count as text, are the first of the image's
         self.whole: dict[int, Tensor] = {}
-        super().__init__(*image, text=words[0].shape[1], **settings)
+        super().__init__(*image, text=words[0].shape[1] + references, **settings)
         self.whole.clear()
+
+    def _norm(self) -> tuple[Tensor, Tensor]:
+        norms = self.norms
+        if norms is None or norms.text_q is None or norms.text_k is None:
+            return super()._norm()
+        (q, k, _), (words_q, words_k, _) = self.image, self.words
+        return self.join(norms.text_q(words_q), norms.q(q)), self.join(norms.text_k(words_k), norms.k(k))
 
     def _parts(self) -> tuple[Parts, Parts | None]:
         if 2 in self.whole:  # v is joined already

@@ -39,6 +39,7 @@ def save(
         ValueError: nothing is applied, more than one model is changed, a pattern matches nothing, no layer has that
             PEFT adapter, or there is no such place.
         NotImplementedError: the model is offloaded layer by layer.
+        OSError: the disk is full.
     """
     changed = [(m, r) for m in denoisers(pipe_or_model) if (r := record_of(m)) is not None]
     if len(changed) != 1:
@@ -112,6 +113,11 @@ def load(pipe_or_model: Any, source: str | Path, *, fuse_prologue: bool = True) 
     if unknown := sorted(set(adapter.layers) - known):
         raise ValueError(
             f"{adapter.source} was saved for a {adapter.model} with a layer {unknown[0]!r}, which this one lacks."
+        )
+    if len(models) > 1:
+        raise ValueError(
+            f"{adapter.source} was saved for one {adapter.model}, and here are {len(models)}. Load it into one: "
+            "linfusion.load(pipe.transformer, ...)."
         )
     target = pipe_or_model if len(denoisers(pipe_or_model)) == 1 else models[0]
     apply_adapter(target, adapter.layers, None, adapter, fuse_prologue)

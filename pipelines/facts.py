@@ -12,7 +12,7 @@ SEEDS = 2**64
 
 def call_defaults(pipe: Any) -> dict[str, Any]:
     """Arguments that the pipeline's call takes, with their defaults; `**kwargs` are those of the class above."""
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = dict(getattr(pipe, "defaults", {}))  # of an embedded model
     for cls in type(pipe).__mro__:
         if "__call__" not in vars(cls):
             continue
@@ -50,6 +50,15 @@ def made_for(pipe: Any) -> int | None:
     if not isinstance(size, int) or not 0 < size < pipe.default_sample_size * pipe.vae_scale_factor:
         return None
     return size if size % size_multiple(pipe) == 0 else None
+
+
+def native_size(pipe: Any) -> int | None:
+    """Height and width in pixels that the model was made for, None where nothing tells."""
+    if (own := made_for(pipe)) is not None:
+        return own
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    size = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
+    return size * getattr(pipe, "vae_scale_factor", 8) if isinstance(size, int) else None
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def generate(
     if reader is not None and reader.t5:  # padding to the pipeline's length would be text that a small model never saw
         given["max_sequence_length"] = reader.tokens
     aside = 0.0
-    with _best_backend(pipe), _first_call(pipe) as marks:
+    with best_backend(pipe), _first_call(pipe) as marks:
 
         def mark(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal aside
@@ -139,7 +139,7 @@ def _first_call(pipe: Any) -> Iterator[list[float]]:
 
 
 @contextlib.contextmanager
-def _best_backend(pipe: Any) -> Iterator[None]:
+def best_backend(pipe: Any) -> Iterator[None]:
     """cuDNN's attention first where there is one: on Hopper it is twice as fast as the flash backend."""
     if pipe.device.type != "cuda":
         yield

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import sys
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 
 import linfusion as lf
 
-from .models import TINY, forward, gap, processors
+from .models import HOSTS, TINY, forward, gap, make_unet, processors
+from .models.wan import wan_pipeline
 
 apply_module = sys.modules["linfusion.apply"]  # `linfusion.apply` itself is the function
 
@@ -306,10 +308,35 @@ def test_different_layers_different_mechanisms(tiny, model, inputs):
     assert len(configs) == tiny.layers and set(configs.values()) == {lf.CLEAR, lf.Softmax}
     want = forward(lf.apply(tiny.build(), lf.CLEAR(2), layers=tiny.some), inputs)
     assert torch.equal(forward(model, inputs), want)
-    lf.apply(model, {"*": lf.Softmax(), tiny.some: lf.CLEAR(2)})
-    assert {type(m.config) for m in mechanisms(model).values()} == {lf.Softmax}
-    lf.apply(model, rules, layers=tiny.some)
+    lf.apply(model, rules, layers=tiny.some)  # "*" is for what is left, if anything
     assert {type(m.config) for m in mechanisms(model).values()} == {lf.CLEAR}
+
+
+def test_a_pipeline_of_two_models_by_the_names_that_describe_prints(tmp_path):
+    wan = HOSTS["wan"]
+    pipe = wan_pipeline(wan.build(), wan.build())
+    both = ["transformer", "transformer_2"]
+
+    def chosen(**settings):
+        return [r.layer for r in lf.describe(lf.apply(pipe, lf.CLEAR(2), **settings)).layers if r.mechanism]
+
+    names = chosen()
+    assert names == [f"{part}.blocks.{i}.attn1" for part in both for i in range(2)]
+    assert chosen(layers=names[2]) == chosen(layers=lambda name: name == names[2]) == names[2:3]
+    assert not mechanisms(pipe.transformer) and lf.describe(pipe.transformer).replaced == 0
+    assert chosen(layers=["transformer_2.*", "blocks.0.*"]) == [names[i] for i in (0, 2, 3)]
+    assert chosen(layers=lambda name: not name.startswith("blocks.0")) == [names[i] for i in (1, 3)]
+    lf.apply(pipe, {"transformer_2.*": lf.SLA(topk=0.5), "blocks.1.*": lf.CLEAR(2)})
+    assert [r.mechanism and r.mechanism[:3] for r in lf.describe(pipe).layers if "attn1" in r.layer] == [
+        None, "CLE", "SLA", "SLA"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"'transformer_3.*' matches none of the 4 layers \(transformer\.blocks\.0"):
+        lf.apply(pipe, lf.CLEAR(2), layers="transformer_3.*")
+    lf.restore(pipe)
+    assert not mechanisms(pipe.transformer) and not mechanisms(pipe.transformer_2)
+    lf.save(lf.apply(pipe.transformer, lf.CLEAR(2)), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"saved for one Wan.*, and here are 2.*pipe\.transformer"):
+        lf.load(pipe, tmp_path / "a")
 
 
 # refusals
@@ -344,6 +371,20 @@ def test_rules_that_match_nothing(model, before):
     refused(model, before, ValueError, "No layer was chosen", {})
 
 
+def test_rules_that_never_apply(tiny, model, before):
+    rules = {"*": lf.Softmax(), tiny.some: lf.CLEAR(2)}
+    refused(model, before, ValueError, r"would have no effect: earlier ones take all its layers, put it before", rules)
+    others = [r.layer for r in lf.describe(model).layers if not fnmatchcase(r.layer, tiny.some)]
+    rules = {tiny.some: lf.CLEAR(2), "*": lf.Softmax()}
+    refused(model, before, ValueError, "would have no effect: layers= leaves it no layer", rules, layers=others[:1])
+
+
+def test_a_model_without_self_attention():
+    model = make_unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None)
+    with pytest.raises(ValueError, match="UNet2DConditionModel has no self-attention that could be replaced"):
+        lf.apply(model, lf.CLEAR(2))
+
+
 @pytest.mark.parametrize("config", [lf.CLEAR, "clear", None, 3, {"*": "clear"}, {"*": lf.LinFusion}], ids=repr)
 def test_what_is_no_config(model, before, config):
     refused(model, before, ValueError, r"must be a config such as linfusion\.CLEAR", config)
@@ -362,13 +403,14 @@ def test_radii_for_other_grids(model, before, radius):
         *(lambda r=r: lf.CLEAR(r) for r in (0, -1, math.nan, math.inf, True, "8", None, (), (1, -1), (1, 2, 3, 4))),
         *(lambda p=p: lf.CLEAR(2, pool=p) for p in (0, -1, 1.5, True, None)),
         *(lambda n=n: lf.LiT(kernel_size=n) for n in (0, 2, 2.5, True)),
+        lambda: lf.LiT(normalize="none"),
         *(lambda n=n: lf.Agent(n) for n in (0, 2.5, True, (), (2, 0))),
         *(lambda m=m: lf.LinFusion(mid_dim=m) for m in (0, -1, 2.5, True, "8")),
         *(lambda e=e: lf.LinFusion(eps=e) for e in (-1, math.nan, "x", None)),
     ],
 )
 def test_settings_out_of_range(make):
-    with pytest.raises(ValueError, match=r"(radius|pool|kernel_size|agents|mid_dim|eps) must be .*, got "):
+    with pytest.raises(ValueError, match=r"(radius|pool|kernel_size|agents|mid_dim|eps|normalize) must be .*, got "):
         make()
 
 

@@ -221,6 +221,22 @@ def test_adapters(run, tmp_path, flux):
     assert (untrained == plain).all() and not (trained == plain).all()
 
 
+def test_adapters_that_ship(run, monkeypatch, tmp_path, flux):
+    """Of an embedded model only, by name; another model's folder is full of config.json, too."""
+    from linfusion.cli.options import adapter_source
+    from linfusion.demos import embedded
+
+    monkeypatch.setattr(embedded, "ADAPTERS", tmp_path)
+    lf.save(lf.apply(FluxPipeline.from_pretrained(flux), lf.CLEAR(2)), tmp_path / "clear")
+    (tmp_path / "emoji-flux").mkdir()
+    (tmp_path / "clear").rename(tmp_path / "emoji-flux" / "clear")
+    assert adapter_source("clear", "emoji-flux") == str(tmp_path / "emoji-flux" / "clear")
+    code, _, err = run(*draw(flux, "--adapter", "transformer"))
+    assert code == 2 and "none that ships for" in err
+    with pytest.raises(ValueError, match=r"sla is no folder here, no Hub id, and none that ships .*-flux \(clear\)"):
+        adapter_source("sla", "emoji-flux")
+
+
 def test_adapters_are_read_once(run, monkeypatch, tmp_path, sd):
     """And without their weights nothing is loaded into the host, to be thrown out again."""
     from linfusion import adapter, weights
@@ -585,5 +601,6 @@ def test_as_a_process(tmp_path, flux):
     done = shell(*draw("nonsense"))
     assert done.returncode == 2 and done.stdout == ""
     assert [line for line in done.stderr.splitlines() if line] == [
-        "linfusion: error: --model nonsense is no embedded model (emoji-flux), no folder here and no Hub id."
+        f"linfusion: error: --model nonsense is no embedded model ({', '.join(embedded.PIPELINES)}), no folder here and"
+        " no Hub id."
     ]

@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 
 import linfusion as lf
 
-from .models import TINY, flux, forward, gap, lively, make_unet, pixart
+from .models import HOSTS, TINY, flux, forward, gap, lively, make_unet, pixart
 from .test_compat import CONFIGS, apply, loss_gradients
 
 
@@ -62,10 +62,40 @@ def test_whole_models_compile(dynamo, name):
         assert gap(compiled(model, inputs, dynamic=dynamic), forward(model, inputs)) < 1e-5
 
 
+SIZES = ((8, 8), (6, 9), (12, 8), (10, 14), (16, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "configs"),
+    [("unet", (CONFIGS[3], CONFIGS[6])), ("flux", (CONFIGS[5], CONFIGS[2])), ("wan", (CONFIGS[1], CONFIGS[4]))],
+    ids=["unet", "flux", "wan"],
+)
+def test_at_most_one_graph_for_a_size(dynamo, name, configs):
+    """As users compile, with lengths that become symbols at the second size; what was compiled once is found again."""
+    model = {"unet": two_layer_unet, "flux": small_flux, "wan": HOSTS["wan"].build}[name]()
+    layers = [r.layer for r in lf.describe(model).layers if r.reason == "not chosen"]
+    model = apply(lively(model).eval(), dict(zip(layers, configs, strict=True)))
+    graphs = []
+
+    def backend(graph, _):
+        # what reads the layout in front of the model is a graph of its own, of a few numbers
+        graphs.extend([graph] if any("linear" in str(node.target) for node in graph.graph.nodes) else [])
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for _ in range(2):
+        for grid in SIZES:
+            forward(compiled, HOSTS["unet-sd15" if name == "unet" else name].inputs(*grid))
+    assert 0 < len(graphs) <= len(SIZES)
+
+
 def test_flux_compiles_where_nothing_needs_the_grid(dynamo):
     tiny = TINY["flux"]
     model, inputs = apply(lively(small_flux()).eval(), lf.LinFusion()), tiny.inputs(6, 9)
     assert gap(compiled(model, inputs), forward(model, inputs)) < 1e-5
+    ids = torch.cat((inputs["img_ids"][:27], inputs["img_ids"][:27] + torch.tensor([1.0, 0.0, 0.0])))
+    with pytest.raises(RuntimeError, match=r"Reference pictures.*compile_repeated_blocks"):
+        compiled(model, inputs | {"img_ids": ids})
 
 
 @pytest.mark.parametrize("name", ["unet", "pixart", "flux"])
@@ -106,6 +136,13 @@ def test_repeated_blocks_compile(dynamo, name, config):
     for grid in ((8, 8), (16, 4)):
         inputs = TINY["unet-sd15" if name == "unet" else name].inputs(*grid)
         assert gap(forward(model, inputs), forward(plain, inputs)) < 1e-5
+
+
+def two_layer_unet():
+    return make_unet(
+        block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
+        up_block_types=("UpBlock2D",), transformer_layers_per_block=[2],
+    )  # fmt: skip
 
 
 def one_layer_unet():

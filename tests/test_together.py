@@ -1,5 +1,6 @@
 """What else people switch on in the same pipeline: adapters, other tasks, few steps, tiling, caches."""
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -11,12 +12,14 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
 )
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from PIL import Image
 
 import linfusion as lf
 
 from .families.matrix import CONFIGS
 from .models import HOSTS, TINY, forward, gap, noise, processors
+from .models.flux import flux_draw
 from .models.parts import stable_diffusion
 
 
@@ -198,17 +201,25 @@ CACHES = {
     "first-block": lambda: FirstBlockCacheConfig(threshold=10.0),
     "broadcast": lambda: PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
-        current_timestep_callback=lambda: 500, spatial_attention_block_identifiers=("transformer_blocks",),
+        current_timestep_callback=lambda: 500, spatial_attention_block_identifiers=("transformer_blocks", "blocks"),
+    ),
+    "taylor": lambda: diffusers.TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=1, cache_identifiers=[r".*blocks\.\d+\.attn1?"]
+    ),
+    "magnitude": lambda: diffusers.MagCacheConfig(
+        threshold=10.0, num_inference_steps=4, retention_ratio=0.0, mag_ratios=torch.ones(4)
     ),
 }  # fmt: skip
+beside_caches = pytest.mark.parametrize("config", [c for name, c in CONFIGS.items() if name != "agent-sd"], ids=str)
 
 
-@pytest.mark.parametrize("config", [c for name, c in CONFIGS.items() if name != "agent-sd"], ids=str)
+@beside_caches
 @pytest.mark.parametrize("cache", CACHES)
-def test_caches_on_top(cache, config):
+@pytest.mark.parametrize("host", ["flux", "wan"])
+def test_caches_on_top(host, cache, config):
     """diffusers' own caches skip blocks or whole attention layers: what they keep is the mechanism's output."""
-    tiny = TINY["flux"]
-    model, inputs = tiny.build(), tiny.inputs(6, 9)
+    tiny = HOSTS[host]
+    model, inputs = tiny.build(), tiny.inputs(3, 5)
     torch.manual_seed(0)
     want = forward(lf.apply(model, config), inputs)
     other = inputs | {"hidden_states": inputs["hidden_states"] + 0.1}
@@ -220,6 +231,72 @@ def test_caches_on_top(cache, config):
     assert gap(skipped, plain) > 1e-4
     model.disable_cache()
     assert gap(forward(model, other), plain) < 1e-6
+
+
+@beside_caches
+def test_cache_dit_on_top(config):
+    """The package, before or after: whole blocks are skipped, and those that run have the mechanism."""
+    cache_dit = pytest.importorskip("cache_dit")
+    tiny, layers, calls, answers = TINY["flux"], TINY["flux"].layers, [], []
+    settings = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 2, "residual_diff_threshold": 10.0}
+
+    def draw(pipe):
+        return flux_draw(pipe, 1.0, num_inference_steps=4)
+
+    for first in ("apply", "cache"):
+        pipe = tiny.build_pipeline()
+        stock = draw(pipe)
+        torch.manual_seed(0)
+        if first == "apply":
+            lf.apply(pipe, config)
+        cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(**settings))
+        if first == "cache":
+            lf.apply(pipe, config)
+        for module in pipe.transformer.modules():
+            if hasattr(module, "linfusion"):
+                module.linfusion.register_forward_hook(lambda *_: calls.append(1))
+        answers.append(draw(pipe))
+        assert len(calls) == 2 * layers + 2  # two whole steps, then the first block of each
+        calls.clear()
+        cache_dit.disable_cache(pipe)
+        assert torch.equal(draw(lf.restore(pipe)), stock)
+    assert torch.equal(*answers) and gap(answers[0], stock) > 1e-3
+
+
+SKIPS = {
+    "attention": {"skip_attention": True, "skip_ff": False},
+    "scores": {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False},
+}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("skip", SKIPS)
+def test_layer_skip(skip, order):
+    """Skip-layer and perturbed-attention guidance: a layer answers its input, or its values."""
+    tiny = TINY["unet-sd15"]
+    block = "down_blocks.0.attentions.0.transformer_blocks"
+    inputs = tiny.inputs(6, 9)
+
+    def skipping(config):
+        model = tiny.build()
+        if config is not None and order == "before":
+            lf.apply(model, config)
+        apply_layer_skip(model, LayerSkipConfig(indices=[0], fqn=block, **SKIPS[skip]))
+        return model if config is None or order == "before" else lf.apply(model, config)
+
+    stock = forward(skipping(None), inputs)
+    assert gap(stock, forward(tiny.build(), inputs)) > 1e-2
+    assert torch.equal(forward(skipping(lf.Softmax()), inputs), stock)
+    for config in (lf.CLEAR(1000), lf.LinFusion(mid_dim=4)):
+        model = skipping(config)
+        if skip == "scores":
+            with pytest.raises(NotImplementedError, match=f"{block}.0.attn1: .*skip_attention_scores"):
+                forward(model, inputs)
+            assert torch.equal(forward(lf.restore(model), inputs), stock)
+        elif isinstance(config, lf.CLEAR):
+            assert gap(forward(model, inputs), stock) < 1e-5
+        else:
+            assert forward(model, inputs).isfinite().all()
 
 
 def ip_adapter(unet) -> list[dict]:

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import linfusion as lf
@@ -363,3 +364,20 @@ def test_a_file_is_no_folder(tmp_path, model):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="not an adapter folder"):
         lf.load(model, tmp_path / "model.safetensors")
+
+
+def test_a_full_disk(tmp_path, model, monkeypatch):
+    """The adapter that stood there before is whole; safetensors tells of the disk by an error of its own."""
+    from linfusion import adapter
+
+    lf.save(lf.apply(model, lf.CLEAR(2, pool=2)), tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(adapter, "save_file", full)
+    with pytest.raises(OSError, match=r"a could not be written \(No space left.*\); nothing there was changed"):
+        lf.save(lf.apply(model, lf.CLEAR(3, pool=2)), tmp_path / "a")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before

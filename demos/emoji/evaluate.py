@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from linfusion.demos.emoji.data import EmojiData, load_data
 from linfusion.demos.emoji.flow import Examples
 from linfusion.demos.emoji.models import Denoiser, build_scheduler, unpack
-from linfusion.demos.emoji.text import MAX_TOKENS, normalise
+from linfusion.demos.emoji.text import normalise
 
 THUMBNAIL = 32
 
@@ -54,9 +54,14 @@ def retrieved(drawn: torch.Tensor, captions: list[str], reference: torch.Tensor,
 
 
 def draw(
-    pipe: FluxPipeline, captions: list[str], guidance: float = 3.0, steps: int = 28, seed: int = 0, batch: int = 32
+    pipe: DiffusionPipeline,
+    captions: list[str],
+    guidance: float = 3.0,
+    steps: int = 28,
+    seed: int = 0,
+    batch: int = 32,
 ) -> torch.Tensor:
-    """Pictures `[N, 3, H, W]` in [-1, 1] by the pipeline's own sampler, one forward a step."""
+    """Pictures `[N, 3, H, W]` in [-1, 1] by the sampler of an embedded pipeline."""
     pipe.set_progress_bar_config(disable=True)
     size, device = pipe.vae.config.sample_size, pipe._execution_device
     parts = []
@@ -67,7 +72,6 @@ def draw(
             width=size,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            max_sequence_length=MAX_TOKENS,
             generator=torch.Generator(device).manual_seed(seed + start),
             output_type="pt",
         ).images
@@ -75,19 +79,19 @@ def draw(
     return torch.cat(parts)
 
 
-def top_1(source: str | Path) -> Callable[[torch.Tensor, Sequence[str]], float]:
+def top_1(source: str | Path, device: str = "cpu") -> Callable[[torch.Tensor, Sequence[str]], float]:
     """The same share for any pictures `[N, 3, H, W]` in [0, 1] and their captions; `source` as `load_data` takes it."""
     data = load_data(source)
-    reference = data_thumbnails(data)
+    reference = data_thumbnails(data).to(device)
 
     def measure(pictures: torch.Tensor, captions: Sequence[str]) -> float:
         wanted = [normalise(caption) for caption in captions]
-        return float(np.mean(retrieved(thumbnails(pictures * 2 - 1), wanted, reference, data.captions)))
+        return float(np.mean(retrieved(thumbnails(pictures * 2 - 1).to(device), wanted, reference, data.captions)))
 
     return measure
 
 
-def retrieval(pipe: FluxPipeline, data: EmojiData, captions: list[str], **settings) -> float:
+def retrieval(pipe: DiffusionPipeline, data: EmojiData, captions: list[str], **settings) -> float:
     """Share of `captions` whose drawn picture is nearest to a training picture with that caption."""
     drawn = thumbnails(draw(pipe, captions, **settings))
     return float(np.mean(retrieved(drawn, captions, data_thumbnails(data), data.captions)))
@@ -146,6 +150,20 @@ def training_report(
         drawn = draw_in_training(denoiser, vae, ids, examples.empty, 3.0, distilled, bf16)
         found = retrieved(thumbnails(drawn), captions, reference, data.captions)
         return f"retrieval {100 * np.mean(found):.1f} % of {len(found)}"
+
+    return report
+
+
+def pipeline_report(
+    pipe: DiffusionPipeline, data: EmojiData, bf16: bool = False, count: int = 128
+) -> Callable[[], str]:
+    """The same drawn by a whole pipeline that is in training."""
+    captions = choose_captions(data, count)
+
+    def report() -> str:
+        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+            found = retrieval(pipe, data, captions, batch=count)
+        return f"retrieval {100 * found:.1f} % of {len(captions)}"
 
     return report
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 from linfusion.demos.emoji.data import EmojiData
-from linfusion.demos.emoji.loop import Length, Run
+from linfusion.demos.emoji.loop import Length, Run, operations
 from linfusion.demos.emoji.models import Denoiser, Rotary
 from linfusion.demos.emoji.optim import build_optimizers
 from linfusion.demos.emoji.text import EOS_ID, MAX_TOKENS, PAD_ID, UNKNOWN_ID, tokenize
@@ -24,22 +23,29 @@ class Examples:
 
     Args:
         data: pictures and captions.
-        latents: normalised and packed, `[N, tokens, C]`.
+        latents: as the denoiser takes them, `[N, ...]`.
+        times: from a batch size and a generator to the times `[B]` of its noise.
     """
 
-    def __init__(self, data: EmojiData, latents: torch.Tensor, tokenizer: PreTrainedTokenizerFast):
-        self.device, self.latents = latents.device, latents
+    def __init__(
+        self,
+        data: EmojiData,
+        latents: torch.Tensor,
+        tokenizer: PreTrainedTokenizerFast,
+        times: Callable[[int, torch.Generator], torch.Tensor] | None = None,
+    ):
+        self.device, self.latents, self.times = latents.device, latents, times or draw_times
         self.ids = tokenize(tokenizer, data.captions).to(self.device)
         self.edges = data.sampling_weights().to(self.device).cumsum(0)
         self.empty = torch.full((MAX_TOKENS,), PAD_ID, device=self.device)
         self.empty[0] = EOS_ID
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Indices `[B]`, times `[B]` and noise `[B, tokens, C]`."""
+        """Indices `[B]`, times `[B]` and noise `[B, ...]`."""
         uniform = torch.rand(batch, generator=generator, device=self.device)
         index = torch.searchsorted(self.edges, uniform).clamp(max=len(self.edges) - 1)
         noise = torch.randn((batch, *self.latents.shape[1:]), generator=generator, device=self.device)
-        return index, draw_times(batch, generator), noise
+        return index, self.times(batch, generator), noise
 
     def captions(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Token ids `[B, 16]`, some captions and a few words dropped."""
@@ -74,14 +80,12 @@ def coarse_times(times: torch.Tensor) -> torch.Tensor:
     return told
 
 
-def operations(denoiser: Denoiser, rotary: Rotary, batch: int) -> float:
-    """Floating-point operations of one training step."""
+def one_forward(denoiser: Denoiser, rotary: Rotary) -> Callable[[], torch.Tensor]:
+    """A function that runs one example."""
     device = rotary[0].device
     tokens, channels = denoiser.sizes.grid**2, denoiser.transformer.config.in_channels
     one, ids = torch.ones(1, device=device), torch.full((1, MAX_TOKENS), EOS_ID, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        denoiser(torch.zeros(1, tokens, channels, device=device), one, one, ids, rotary)
-    return 3.0 * batch * counter.get_total_flops()  # the backward pass costs two forward passes
+    return lambda: denoiser(torch.zeros(1, tokens, channels, device=device), one, one, ids, rotary)
 
 
 def train_flow(
@@ -113,5 +117,5 @@ def train_flow(
         return F.mse_loss(predicted.float(), noise - clean)
 
     if not run.finished:
-        run.train(loss, report=report, work=operations(denoiser, rotary, batch), **limits)
+        run.train(loss, report=report, work=operations(one_forward(denoiser, rotary), batch), **limits)
     return run.finish()

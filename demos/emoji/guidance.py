@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from linfusion.demos.emoji.flow import Examples, coarse_times, operations
-from linfusion.demos.emoji.loop import Length, Run
+from linfusion.demos.emoji.flow import Examples, coarse_times, one_forward
+from linfusion.demos.emoji.loop import Length, Run, operations
 from linfusion.demos.emoji.models import Denoiser
 from linfusion.demos.emoji.optim import build_optimizers
 
@@ -66,7 +66,7 @@ def train_guidance(
         return F.mse_loss(predicted.float(), guided)
 
     if not run.finished:
-        work = operations(denoiser, rotary, batch) * 5 / 3  # and two forward passes of the teacher
+        work = operations(one_forward(denoiser, rotary), batch) * 5 / 3  # and two forward passes of the teacher
         run.train(loss, report=report, work=work, **limits)
     return run.finish()
 

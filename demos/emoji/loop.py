@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Run:
                 running.lerp_(value, 1.0 if self.step == first + 1 else 0.02)
                 bar.update()
                 if self.steps is None:
-                    mark = self._set_length(first, mark)
+                    mark = self._set_length(first, mark, deadline)
                     bar.total = self.steps
                     continue
                 every = max(1, self.steps // (4 * reports))
@@ -146,7 +147,7 @@ class Run:
             torch._foreach_lerp_(self.average, self.parameters, 1 - keep)
         return value.detach()
 
-    def _set_length(self, first: int, mark: float) -> float:
+    def _set_length(self, first: int, mark: float, deadline: float | None) -> float:
         # no step may be waited for except at the two ends of the measurement
         begin, end = self._timed
         if self.step - first not in (begin, end):
@@ -156,7 +157,10 @@ class Run:
         now = time.monotonic()
         if self.step - first == end:
             rate = (end - begin) / (now - mark)
-            self.steps = max(self.step + 1, round(rate * 60 * self.length.minutes))
+            steps = rate * 60 * self.length.minutes
+            if deadline is not None:  # the decay of the learning rate should come to its end; reports take time too
+                steps = min(steps, self.step + 0.9 * rate * (deadline - now))
+            self.steps = max(self.step + 1, round(steps))
             logger.info("%s: %.1f steps/s, so %d steps", self.name, rate, self.steps)
         return now
 
@@ -170,9 +174,8 @@ class Run:
             self._swap()
 
     def finish(self) -> bool:
-        """Leave the averaged weights in the module if every step was taken; returns whether that is so."""
-        if self.finished:
-            self._swap()
+        """Leave the averaged weights in the module, as far as they came; returns whether every step was taken."""
+        self._swap()
         return self.finished
 
     @torch.no_grad()
@@ -205,6 +208,13 @@ class Run:
             optimizer.load_state_dict(saved)
         self.step, self.steps = state["step"], self.length.steps or state["steps"]
         logger.info("%s: going on from step %d of %s", self.name, self.step, self.steps)
+
+
+def operations(forward: Callable[[], object], batch: int) -> float:
+    """Floating-point operations of one training step; `forward` runs one example."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return 3.0 * batch * counter.get_total_flops()  # the backward pass costs two forward passes
 
 
 def write_json(path: Path, content: dict) -> None:

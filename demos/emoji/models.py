@@ -1,9 +1,15 @@
-"""The parts of `emoji-flux`: sizes, constructors, and the forward pass that training uses."""
+"""The parts of both models: sizes, constructors, and the forward pass that training uses."""
 
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -27,6 +33,8 @@ class Sizes:
     heads: int = 4
     head_dim: int = 64
     rope_axes: tuple[int, int, int] = (16, 24, 24)
+    unet_channels: tuple[int, int] = (96, 128)
+    unet_heads: int = 2
 
     @property
     def grid(self) -> int:
@@ -45,6 +53,8 @@ TINY = Sizes(
     heads=1,
     head_dim=16,
     rope_axes=(4, 6, 6),
+    unet_channels=(16, 16),
+    unet_heads=1,
 )
 
 
@@ -69,6 +79,58 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """The settings of FLUX.1-dev."""
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+    )
+
+
+def build_unet(sizes: Sizes) -> UNet2DConditionModel:
+    """Two levels, 32 x 32 and 16 x 16 latents, with self-attention and cross-attention in every block of both.
+
+    Few parameters for 3,388 pictures, so the text reaches every convolution too: pooled by attention and added to the
+    time, it scales and shifts what the group norms leave (`addition_embed_type`, as in DeepFloyd IF).
+    """
+    levels = len(sizes.unet_channels)
+    unet = UNet2DConditionModel(
+        sample_size=sizes.image // 8,
+        in_channels=sizes.latent_channels,
+        out_channels=sizes.latent_channels,
+        block_out_channels=sizes.unet_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        layers_per_block=1,
+        attention_head_dim=sizes.unet_heads,  # which this class means as their number
+        use_linear_projection=True,
+        norm_num_groups=16,
+        cross_attention_dim=sizes.text_width,
+        encoder_hid_dim=sizes.text_width,
+        encoder_hid_dim_type="text_proj",
+        time_embedding_dim=2 * sizes.unet_channels[0],
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=max(1, sizes.text_width // 64),
+    )
+    # every block starts as the identity and the output as zero, as in the transformer
+    last = ("conv2", "proj_out", "conv_out")
+    for name, layer in unet.named_modules():
+        if name.endswith(last):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return unet
+
+
+def build_ddim() -> DDIMScheduler:
+    """Stable Diffusion's noise levels, rescaled so that the last one is noise alone (arXiv:2305.08891).
+
+    There epsilon says nothing about the picture, so the model predicts v, and sampling starts at just that step.
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,  # not used by this spacing, but StableDiffusionPipeline complains about any other
     )
 
 

@@ -1,7 +1,12 @@
-"""Optimisers of the training stages: Muon for the matrices inside transformer blocks, AdamW for the rest."""
+"""Optimisers of the training stages: Muon for the matrices inside blocks, AdamW for the rest."""
+
+import re
 
 import torch
 from torch import nn
+
+_BLOCK = re.compile(r"(transformer|down|mid|up)_block")
+_MODULATION = re.compile(r"\.norm|\.time_emb_proj")
 
 
 class Muon(torch.optim.Optimizer):
@@ -10,7 +15,7 @@ class Muon(torch.optim.Optimizer):
     Matrices of one shape are orthogonalised in one batch: the whole step is a few dozen kernels.
 
     Args:
-        params: 2-D parameters.
+        params: matrices, or convolutions, which are matrices from all inputs of a place to its outputs.
         lr: comparable to AdamW's.
     """
 
@@ -36,8 +41,9 @@ class Muon(torch.optim.Optimizer):
             buffers = [self.state[p]["momentum"] for p in params]
             grads = [p.grad for p in params]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = orthogonalise(torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])))
-            scale = 0.2 * max(params[0].shape) ** 0.5
+            matrices = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).flatten(2)
+            updates = orthogonalise(matrices).view(-1, *params[0].shape)
+            scale = 0.2 * max(matrices.shape[1:]) ** 0.5
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(updates.to(params[0].dtype).unbind()), alpha=-group["lr"] * scale)
 
@@ -55,11 +61,11 @@ def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Matrices for Muon (inside the transformer's blocks, modulations left out), and everything else."""
+    """Matrices for Muon (inside the denoiser's blocks, modulations left out), and everything else."""
     matrices, rest = [], []
     for name, p in module.named_parameters():
-        inside = "transformer_blocks." in name and ".norm" not in name and p.ndim == 2
-        (matrices if inside else rest).append(p)
+        inside = _BLOCK.search(name) and not _MODULATION.search(name)
+        (matrices if inside and p.ndim >= 2 else rest).append(p)
     return matrices, rest
 
 

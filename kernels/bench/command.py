@@ -41,7 +41,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="measure from which size on each kernel pays on this GPU, for the library to choose by; default the "
         "user's cache folder",
     )  # fmt: skip
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the CSV's rows there, and measure nothing")
+    parser.add_argument(
+        "--plots",
+        type=Path,
+        metavar="FOLDER",
+        help="draw the CSV's rows there, fill the pages' tables, measure nothing",
+    )
     parser.add_argument(
         "--warm", metavar="I/N", help="compile the I-th of N parts and stop; N such processes share out the waiting"
     )
@@ -66,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     if args.plots is not None:
+        from .pages import fill
         from .plots import draw
 
-        for path in draw(args.csv, args.plots):
+        for path in [*draw(args.csv, args.plots), *fill(args.csv, args.plots)]:
             Console().out(str(path), highlight=False)
         return 0
     with ExitStack() as open_files:

@@ -1,4 +1,4 @@
-"""FLUX.1, Stable Diffusion XL and Wan 2.1 at full size, as `models.py` measures them."""
+"""FLUX.1, Stable Diffusion XL and 1.5, and Wan 2.1 at full size, as `models.py` measures them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .op import Case
 from .table import Shape
 
 
-def _case(op: str, heads: int, tokens: int, dim: int, px: int) -> Case:
-    return Case(op, Shape(1, heads, tokens, dim, (("px", px),)), directions=("forward",))
+def _case(op: str, heads: int, tokens: int, dim: int, px: int, batch: int = 1) -> Case:
+    return Case(op, Shape(batch, heads, tokens, dim, (("px", px),)), directions=("forward",))
 
 
 class Flux(Model):
@@ -89,6 +89,38 @@ class SDXL(Model):
         # the MLPs are a sixteenth of the layer's width, as in the published weights
         narrow, wide = lf.LinFusion(mid_dim=40), lf.LinFusion(mid_dim=80)
         return {"linfusion": {"down_blocks.1.*": narrow, "up_blocks.1.*": narrow, "*": wide}}
+
+
+class SD15(Model):
+    """The UNet of Stable Diffusion 1.5, .86 billion parameters, with guidance: a step is a batch of two.
+
+    An early step of AgentSD, with agents, and a late one, which is token merging (ToMe) alone.
+    """
+
+    name = "model-sd15"
+    stock = ("sdpa", None)
+    cases = tuple(_case("model-sd15", 8, (px // 8) ** 2, 40, px, batch=2) for px in (512, 1024, 2048))
+
+    def build(self, device: torch.device, few: bool = False) -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        return random_model(
+            UNet2DConditionModel, device, sample_size=64, in_channels=4, out_channels=4, cross_attention_dim=768,
+            block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, layers_per_block=1 if few else 2,
+        )  # fmt: skip
+
+    def inputs(self, px: int, device: torch.device) -> dict[str, Any]:
+        new: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+        return {
+            "sample": torch.randn(2, 4, px // 8, px // 8, **new),
+            "timestep": torch.tensor(500, device=device),
+            "encoder_hidden_states": torch.randn(2, 77, 768, **new),
+        }
+
+    def mechanisms(self) -> dict[str, Any]:
+        import linfusion as lf
+
+        return {"agent-sd": lf.AgentSD(early=1.0), "tome": lf.AgentSD(early=0.0)}
 
 
 class Wan(Model):

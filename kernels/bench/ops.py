@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .agent import Agent, Pool
-from .denoisers import SDXL, Flux, Wan
+from .denoisers import SD15, SDXL, Flux, Wan
 from .depthwise import Depthwise, LiT
 from .linear import Linear
 from .op import Bench, Case
@@ -14,7 +14,7 @@ from .window import Window
 KERNELS: dict[str, Bench] = {
     op.name: op for op in (Linear(), Depthwise(), LiT(), Prologue(), Window(), SLA(), Agent(), Pool())
 }
-MODELS: dict[str, Bench] = {op.name: op for op in (Flux(), SDXL(), Wan())}
+MODELS: dict[str, Bench] = {op.name: op for op in (Flux(), SDXL(), SD15(), Wan())}
 OPS = KERNELS | MODELS
 
 

@@ -43,10 +43,11 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def compare(rows: Iterable[Row]) -> Iterator[Comparison]:
-    """Each row of ours with its peers'."""
+    """Each row of ours with its peers', of the same revision: times move from one run to another."""
     rows = latest(rows)
     for ours in filter(is_ours, rows):
-        peers = {r.provider: r for r in rows if _place(r) == _place(ours) and not is_ours(r)}
+        theirs = (r for r in rows if _place(r) == _place(ours) and r.git == ours.git)
+        peers = {r.provider: r for r in theirs if not is_ours(r)}
         yield Comparison(ours, peers)
 
 

@@ -18,12 +18,12 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    from . import bench, convert, demo, describe, distill, generate
+    from . import bench, convert, demo, describe, distill, generate, upscale
 
     parser = Parser(prog="linfusion", description="Linear and sparse attention for diffusers: try it, measure it.")
     parser.add_argument("--version", action="version", version=f"linfusion {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, demo, describe, distill, convert, bench):
+    for module in (generate, upscale, demo, describe, distill, convert, bench):
         module.add_command(commands)
     return parser
 

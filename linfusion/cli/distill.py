@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.config import EvalConfig, SampleConfig, TrainConfig, fields_of, merge, read_yaml
-from .options import DTYPES, add_mechanism_options, chosen_mechanism, load_pipeline
+from .options import ADAPTER_HELP, DTYPES, adapter_source, add_mechanism_options, chosen_mechanism, load_pipeline
 
 EXAMPLE = """example:
   linfusion distill sample --output_dir data --num_samples 512
@@ -42,7 +42,7 @@ def add_command(commands: Any) -> None:
         if name == "train":
             add_mechanism_options(part, adapters=False)
         if name == "eval":
-            part.add_argument("--adapter", required=True, help="a trained adapter: a folder or a Hub id")
+            part.add_argument("--adapter", required=True, help=ADAPTER_HELP)
             part.add_argument("--untrained", action="store_true", help="its mechanism without its weights, too")
         part.set_defaults(run=run)
 
@@ -143,21 +143,22 @@ def _eval(args: argparse.Namespace) -> int:
     from ..distill.data.sample import read_prompts
     from ..distill.evaluate import evaluate
 
-    adapter = read_adapter(args.adapter)
+    source = adapter_source(args.adapter, args.model)
+    adapter = read_adapter(source)
     measures = {}
     if config.retrieval_data:
         from ..demos.emoji.evaluate import top_1
 
         measures["retrieval top-1"] = top_1(config.retrieval_data)
-    if config.output_dir is None and not Path(args.adapter).is_dir():
-        raise ValueError("Give --output_dir: the adapter is not in a folder here.")
-    folder = Path(config.output_dir or args.adapter)
+    if config.output_dir is None and (source != args.adapter or not Path(source).is_dir()):
+        raise ValueError("Give --output_dir: the adapter is not in a folder of your own.")
+    folder = Path(config.output_dir or source)
     prompts = read_prompts(config.prompts) if config.prompts else _spread(_built_in(args.model), config.num_samples)
     pipe = load_pipeline(args)
     students: dict[str, Callable[[Any], Any]] = {}
     if args.untrained:
         students["untrained"] = lambda pipe: apply(pipe, adapter.layers)
-    students["student"] = lambda pipe: load(pipe, args.adapter)
+    students["student"] = lambda pipe: load(pipe, source)
     with _progress("evaluation") as update:
         figures = evaluate(
             pipe, prompts, config, students, folder=folder, measures=measures,

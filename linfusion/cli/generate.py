@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..mechanisms import MechanismConfig, config_from_dict
 from .options import DEFAULT_MODEL, add_mechanism_options, add_model_options, change, chosen_mechanism, load_pipeline
+from .stages import add_stage_options
 
 if TYPE_CHECKING:  # the command's help need not wait for PIL
     from ..describe import Description
@@ -34,7 +35,11 @@ def add_command(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--out", default="out.png", type=Path, help="the image file; its folder must exist")
     parser.add_argument("--compare", action="store_true", help="draw with the original too, side by side, both timed")
-    parser.add_argument("--size", type=int, help="height and width in pixels; default the model's own")
+    parser.add_argument(
+        "--size", type=int,
+        help="height and width in pixels; default the model's own, and drawn by stages from one and a half times that",
+    )  # fmt: skip
+    parser.add_argument("--direct", action="store_true", help="draw any size at once; so does --compare")
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
     parser.add_argument("--guidance", type=float, help="guidance scale; default the model's own")
     parser.add_argument("--seed", type=int, help="of the starting noise; default 0")
@@ -42,6 +47,7 @@ def add_command(commands: Any) -> None:
         "--json", action="store_true",
         help="print the figures as one JSON object; psnr is null when nothing was compared or the pictures are equal",
     )  # fmt: skip
+    add_stage_options(parser)
     add_model_options(parser)
     add_mechanism_options(parser)
     parser.set_defaults(run=run, model=None)
@@ -55,17 +61,24 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from .. import describe, restore
-    from ..pipelines.facts import check_pipeline, remarks
+    from ..pipelines.facts import check_pipeline, native_size, remarks, size_multiple
     from ..pipelines.generate import generate, psnr, side_by_side
     from ..pipelines.settings import Settings, public_name, save
+    from ..pipelines.stages import needs_cascade, sizes_up_to
+    from .upscale import draw_stages
 
     pipe = load_pipeline(args)
-    check_pipeline(pipe, args.size, prefix="--")
+    staged = needs_cascade(pipe, args.size) and not (args.compare or args.direct)
+    check_pipeline(pipe, None if staged else args.size, prefix="--")
     change(pipe, args, config)
     name, label = _mechanism(pipe), _label(args, config)
     console = Console(stderr=True)
-    for remark in remarks(pipe, args.prompt, args.size, args.guidance):
+    for remark in remarks(pipe, args.prompt, None if staged else args.size, args.guidance):
         console.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if staged:
+        native = native_size(pipe)
+        assert native is not None
+        return draw_stages(pipe, args, [native, *sizes_up_to(native, args.size, size_multiple(pipe))])
 
     def draw(title: str, steps: int | None = args.steps) -> Picture:
         with _progress(console, title, steps or _default_steps(pipe)) as on_step:
@@ -122,6 +135,7 @@ def _resolve(args: argparse.Namespace, config: MechanismConfig | None) -> Mechan
             config = config_from_dict(found.mechanism)
             args.fuse_prologue &= found.fuse_prologue
         args.untrained |= found.untrained and args.adapter is not None
+        args.direct |= args.size is None  # pictures that were drawn by stages carry no settings
         for name in ("prompt", "model", "size", "steps", "guidance", "seed", "dtype"):
             if getattr(args, name) is None:
                 setattr(args, name, getattr(found, name))
@@ -133,17 +147,22 @@ def _resolve(args: argparse.Namespace, config: MechanismConfig | None) -> Mechan
 
 def _check(args: argparse.Namespace, changed: bool) -> None:
     """All that can be known before the model is loaded."""
-    from PIL import Image
-
     from ..pipelines.facts import check_request
 
     check_request(args.prompt, args.size, args.steps, args.guidance, args.seed, prefix="--")
-    if not args.out.absolute().parent.is_dir():
-        raise ValueError(f"--out: the folder {args.out.absolute().parent} does not exist.")
-    if args.out.is_dir() or Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--out {args.out} must be an image file, such as out.png.")
+    check_out(args.out)
     if args.compare and not changed:
         raise ValueError("--compare needs something to compare with: add --mechanism or --adapter.")
+
+
+def check_out(path: Path) -> None:
+    """ValueError for a file that no picture can be written to."""
+    from PIL import Image
+
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--out: the folder {path.absolute().parent} does not exist.")
+    if path.is_dir() or Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out {path} must be an image file, such as out.png.")
 
 
 def _mechanism(pipe: Any) -> str | None:

@@ -13,6 +13,7 @@ from ..mechanisms import MechanismConfig, config_from_dict, mechanisms
 
 DEFAULT_MODEL = "emoji-flux"
 DTYPES = ("float32", "bfloat16", "float16")
+ADAPTER_HELP = "a trained adapter: one that ships for an embedded model, such as clear, a folder or a Hub id"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,7 @@ def add_mechanism_options(parser: argparse.ArgumentParser, adapters: bool = True
         "--no-fuse-prologue", dest="fuse_prologue", action="store_false",
         help="leave norms and rotation to the model's own code: its bits, and slower where a kernel could do them",
     )  # fmt: skip
-    group.add_argument("--adapter", metavar="NAME", help="a trained adapter: a folder or a Hub id")
+    group.add_argument("--adapter", metavar="NAME", help=ADAPTER_HELP)
     group.add_argument("--untrained", action="store_true", help="the adapter's mechanism without its weights")
 
 
@@ -86,12 +87,31 @@ def change(pipe: Any, args: argparse.Namespace, config: MechanismConfig | None) 
     from .. import apply, load
     from ..adapter import read_adapter
 
-    if args.untrained:
-        apply(pipe, read_adapter(args.adapter).layers, fuse_prologue=args.fuse_prologue)
-    elif args.adapter is not None:
-        load(pipe, args.adapter, fuse_prologue=args.fuse_prologue)
+    if args.adapter is not None:
+        source = adapter_source(args.adapter, args.model)
+        if args.untrained:
+            apply(pipe, read_adapter(source).layers, fuse_prologue=args.fuse_prologue)
+        else:
+            load(pipe, source, fuse_prologue=args.fuse_prologue)
     elif config is not None:
         apply(pipe, config, fuse_prologue=args.fuse_prologue)
+
+
+def adapter_source(name: str, model: str) -> str:
+    """The folder of an adapter that ships for `model`, else `name` itself, a folder or a Hub id.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    from ..demos.embedded import adapters
+
+    shipped = adapters(model)
+    if name in shipped:
+        return str(shipped[name])
+    if "/" not in name and not Path(name).exists():
+        known = f" ({', '.join(shipped)})" if shipped else ""
+        raise ValueError(f"--adapter {name} is no folder here, no Hub id, and none that ships for {model}{known}.")
+    return name
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:

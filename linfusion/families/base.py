@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
@@ -57,6 +59,11 @@ class Processor:
             )
         if self._parallel_config is not None:
             raise NotImplementedError(f"{name} under context parallelism would see only this rank's tokens.")
+        if not mechanism.honours_backend and skips_scores(attn):
+            raise NotImplementedError(
+                f"{mechanism.site.name}: {name} has no scores of all tokens that skip_attention_scores could skip. Use "
+                "skip_attention, or leave the layer out with layers=."
+            )
         layout = mechanism.layout
         if "time" in mechanism.needs and mechanism.clock.time is None:
             raise ValueError(
@@ -73,6 +80,10 @@ class Processor:
                 "when the whole model is called; this layer was called on its own."
             )
         return mechanism
+
+    def moved(self, mechanism: Mechanism) -> int:
+        """How many reference tokens this layer takes from behind the picture to before it: none in the host's order."""
+        return 0 if mechanism.honours_mask else mechanism.layout.references
 
     def attend(
         self,
@@ -92,14 +103,19 @@ class Processor:
 
         Without `encoder_hidden_states`, text (if the layer has any) stands in `hidden_states` already; the whole
         sequence then comes back first, and None. `text` is how many tokens that are, where not the layout's number.
+        Reference tokens stand before the picture's here, unless the mechanism keeps the host's order; `text_mask` does
+        not count them.
         """
         site, apart = mechanism.site, encoder_hidden_states is not None
+        references = mechanism.layout.references
         if text is None:
             text = mechanism.layout.text if site.joint else 0
+        if text_mask is not None and references:
+            text_mask = F.pad(text_mask, (0, references), value=True)
         merged = mechanism.merge(hidden_states) if mechanism.merges_tokens else None  # only in layers without text
         if merged is not None:
             hidden_states = merged.tokens
-        x_q, x_k = self.inputs(mechanism, hidden_states, 0 if apart else text)
+        x_q, x_k = self.inputs(mechanism, hidden_states, references if apart else text)
         q = to_heads(attn.to_q(x_q), site.head_dim)
         k = to_heads(attn.to_k(x_k), site.head_dim)
         v = to_heads(attn.to_v(hidden_states), site.head_dim)
@@ -114,7 +130,7 @@ class Processor:
         if apart:
             words = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             text_q, text_k, text_v = (to_heads(project(encoder_hidden_states), site.head_dim) for project in words)
-            call: AttnCall = ApartCall((q, k, v), (text_q, text_k, text_v), **settings)
+            call: AttnCall = ApartCall((q, k, v), (text_q, text_k, text_v), references, **settings)
         else:
             call = AttnCall(q, k, v, text=text, **settings)
         if merged is not None and merged.agents is not None:
@@ -124,8 +140,10 @@ class Processor:
             out = merged.expand(out)
         if not apart:
             return out, None
-        text_out, image_out = call.split(out)
-        return image_out, text_out
+        count = text_q.shape[1]
+        if self.text_first:
+            return out[:, count:], out[:, :count]
+        return out[:, : q.shape[1]], out[:, q.shape[1] :]
 
     def attend_alone(
         self,
@@ -188,6 +206,25 @@ class DispatchProcessor(Processor):
 
     def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
+
+
+def skipped_as(ours: type[Processor], module: str, stock: str) -> None:
+    """Let diffusers' layer skipping, which looks processors up by class, take ours for the stock one that it knows.
+
+    What a skipped layer answers does not depend on its processor.
+    """
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
+
+        Registry.register(ours, Registry.get(getattr(import_module(f"diffusers.models.{module}"), stock)))
+    except (ImportError, ValueError):  # an older diffusers: no layer skipping, or not of this processor
+        pass
+
+
+def skips_scores(attn: HostLayer) -> bool:
+    """Whether layer skipping is on that hands back v wherever scaled_dot_product_attention is called."""
+    hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", {})
+    return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
 
 
 def prepared_mask(attn: HostLayer, mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from ..call import Layout, Rope, Site
+from ..call import Layout, Rope, Site, reference_tokens_first, reference_tokens_last
 from ..kernels import RopeTables
 from ..mechanisms import Mechanism
 from .base import DispatchProcessor, Family, HostLayer, argument, class_names
@@ -30,10 +30,14 @@ class FluxProcessor(DispatchProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         mechanism = self.mechanism(attn, attention_mask)
+        layout, moved = mechanism.layout, self.moved(mechanism)
+        words = layout.text - layout.references
+        joined = words if encoder_hidden_states is None else 0
         image, text = self.attend(
-            mechanism, attn, hidden_states, encoder_hidden_states, rope=flux_rope(image_rotary_emb),
-            mask=attention_mask, text_mask=mechanism.layout.text_mask,
+            mechanism, attn, reference_tokens_first(hidden_states, moved, joined), encoder_hidden_states,
+            rope=flux_rope(image_rotary_emb, moved=moved, words=words), mask=attention_mask, text_mask=layout.text_mask,
         )  # fmt: skip
+        image = reference_tokens_last(image, moved, joined)
         if text is None:
             return image
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
@@ -47,9 +51,11 @@ class ChromaProcessor(FluxProcessor):
         return super().mechanism(attn, None)
 
 
-def flux_rope(tables: Any, covers_text: bool = True) -> Rope | None:
+def flux_rope(tables: Any, covers_text: bool = True, *, moved: int = 0, words: int = 0) -> Rope | None:
+    """Of `moved` reference tokens, as `reference_tokens_first`."""
     if tables is None:
         return None
+    tables = tuple(reference_tokens_first(table, moved, words, dim=0) for table in tables)
     turn: Any = partial(apply_rotary_emb, freqs_cis=tables, sequence_dim=1)  # diffusers types it as a pair
     return Rope(turn, RopeTables(tables[0], tables[1], interleaved=True), covers_text)
 
@@ -63,19 +69,29 @@ def flux_layout(
     """
     tokens = argument(args, kwargs, 0, "hidden_states").shape[1]
     text = argument(args, kwargs, words, "encoder_hidden_states").shape[1]
-    if "grid" not in needs:
+    if not needs:
         return Layout(tokens=tokens, text=text)
     places = argument(args, kwargs, ids, "img_ids")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # what is read when the graph runs tells no lengths while it is traced
         sizes = ids_grid(places[0] if places.ndim == 3 else places)
-        return Layout(sizes, tokens, text)  # the op that uses it reads it, and checks it against the tokens
-    grid = known_grid(places)
-    if math.prod(grid) != tokens:
+        torch._assert_async((sizes.prod() == tokens) | (sizes[0] == 0), ONE_PICTURE)
+        return Layout(sizes, tokens, text)
+    grid = known_grid(places) if places.shape[-2] == tokens else (0, 0)
+    picture = math.prod(grid)
+    if picture == 0 and "grid" in needs:
         raise ValueError(
-            f"img_ids do not describe one grid of {tokens} image tokens, row by row. Reference images in the "
-            "sequence (FLUX Kontext, FLUX.2 with input images) are not supported by mechanisms that need the grid."
+            f"img_ids {tuple(places.shape)} do not describe a grid, row by row, that the {tokens} image tokens begin "
+            "with. Reference pictures stand behind it, with another number on the first axis or the fourth."
         )
-    return Layout(grid, tokens, text)
+    if picture == 0:
+        return Layout(tokens=tokens, text=text)
+    return Layout(grid, picture, text + tokens - picture, references=tokens - picture)
+
+
+ONE_PICTURE = (
+    "Reference pictures in the sequence (FLUX Kontext, FLUX.2 with input images) tell no lengths to a model that is "
+    "compiled as a whole. Use compile_repeated_blocks()."
+)
 
 
 def known_grid(places: Tensor) -> tuple[int, ...]:
@@ -94,17 +110,19 @@ def known_grid(places: Tensor) -> tuple[int, ...]:
 
 
 def ids_grid(ids: Tensor) -> Tensor:
-    """Rows and columns of `img_ids` `[N, 3]` (frame, row, column) or `[N, 4]` (and a layer), as int64 `[2]` on the CPU.
+    """Rows and columns of the first picture of `img_ids` `[N, 3]` (frame, row, column) or `[N, 4]` (and a layer).
 
-    Zeros when they are not one picture's. Counts the places where the column falls back, since ids come in the model's
-    dtype: above 256 bf16 repeats and skips whole numbers, but keeps their order.
+    As int64 `[2]` on the CPU; zeros when its tokens are not one grid's. Counts the places where the column falls back,
+    since ids come in the model's dtype: above 256 bf16 repeats and skips whole numbers, but keeps their order.
     """
     row, column = ids[:, 1], ids[:, 2]
     others = ids[:, 0::3]  # frame and layer: the same in one picture
-    falls = (column[1:] < column[:-1]).sum()
-    rows = torch.where((column == column[0]).all(), len(ids), falls + 1)
-    one = (others == others[0]).all() & (row[1:] >= row[:-1]).all()
-    return torch.stack((rows, len(ids) // rows)).mul(one).to("cpu", torch.int64)
+    first = (others == others[0]).all(dim=1).cumprod(0).bool()
+    tokens, after = first.sum(), ~first[1:]
+    falls = ((column[1:] < column[:-1]) & ~after).sum()
+    rows = torch.where(((column == column[0]) | ~first).all(), tokens, falls + 1)
+    one = ((row[1:] >= row[:-1]) | after).all() & (tokens % rows == 0)
+    return torch.stack((rows, tokens // rows)).mul(one).to("cpu", torch.int64)
 
 
 def control_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[str]) -> Layout:
@@ -125,11 +143,9 @@ def chroma_layout(host: HostLayer, args: tuple, kwargs: dict, needs: frozenset[s
     mask = argument(args, kwargs, 5, "attention_mask")
     if mask is None:
         return layout
-    text = layout.text
-    if mask.ndim != 2 or mask.shape[1] != text + layout.tokens:
-        raise ValueError(
-            f"attention_mask must be [B, text + image] = [B, {text} + {layout.tokens}], got {tuple(mask.shape)}."
-        )
+    text, image = layout.text - layout.references, layout.tokens + layout.references
+    if mask.ndim != 2 or mask.shape[1] != text + image:
+        raise ValueError(f"attention_mask must be [B, text + image] = [B, {text} + {image}], got {tuple(mask.shape)}.")
     if "grid" in needs and not torch.compiler.is_compiling() and not mask[:, text:].all():
         raise ValueError("attention_mask hides image tokens, which no mechanism that needs the grid can honour.")
     layout.text_mask = mask[:, :text].to(torch.bool)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..call import AttnCall, Layout, Norms
+from ..call import AttnCall, Layout, Norms, reference_tokens_first, reference_tokens_last
 from .base import DispatchProcessor, HostLayer, argument, class_names, run, to_heads
 from .flux import FLUX, FluxProcessor, flux_layout, flux_rope
 
@@ -24,7 +24,9 @@ class Flux2SingleProcessor(DispatchProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         mechanism = self.mechanism(attn, attention_mask)
-        layout = mechanism.layout
+        layout, moved = mechanism.layout, self.moved(mechanism)
+        words = layout.text - layout.references
+        hidden_states = reference_tokens_first(hidden_states, moved, words)
         q, k, v, mlp = projected(attn, hidden_states)
         if mechanism.changes_input:  # the projection is one module, so that each new input goes through all of it
             x_q, x_k = mechanism.features(hidden_states[:, layout.text :])
@@ -32,11 +34,12 @@ class Flux2SingleProcessor(DispatchProcessor):
             k = torch.cat((k[:, : layout.text], projected(attn, x_k)[1]), dim=1)
         call = AttnCall(
             q, k, v, grid=layout.grid, text=layout.text, norms=Norms(attn.norm_q, attn.norm_k),
-            rope=flux_rope(image_rotary_emb), exact=self.exact, mask=attention_mask,
+            rope=flux_rope(image_rotary_emb, moved=moved, words=words), exact=self.exact, mask=attention_mask,
             prologue=self.prologue(mechanism, attn, q, apart=False),
         )  # fmt: skip
         out = run(mechanism, call, q)
-        return attn.to_out(torch.cat((out, attn.mlp_act_fn(mlp)), dim=-1))
+        out = attn.to_out(torch.cat((out, attn.mlp_act_fn(mlp)), dim=-1))
+        return reference_tokens_last(out, moved, words)
 
 
 def projected(attn: HostLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..call import Layout, Rope, Site
 from ..kernels import RopeTables
-from .base import DispatchProcessor, Family, HostLayer, Processor, argument, class_names
+from .base import DispatchProcessor, Family, HostLayer, Processor, argument, class_names, skipped_as
 
 FILL = 32  # Z-Image's SEQ_MULTI_OF
 
@@ -118,6 +118,9 @@ class ZImageProcessor(DispatchProcessor):
         )  # fmt: skip
         out = attn.to_out[0](out)
         return attn.to_out[1](out) if len(attn.to_out) > 1 else out
+
+
+skipped_as(ZImageProcessor, "transformers.transformer_z_image", "ZSingleStreamAttnProcessor")
 
 
 def complex_rope(freqs: Tensor | None) -> Rope | None:

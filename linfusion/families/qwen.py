@@ -11,9 +11,9 @@ import torch
 from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 
-from ..call import Layout, Rope, Site
+from ..call import Layout, Rope, Site, reference_tokens_first, reference_tokens_last
 from ..kernels import RopeTables
-from .base import DispatchProcessor, Family, HostLayer, argument
+from .base import DispatchProcessor, Family, HostLayer, argument, skipped_as
 from .joint import block_attention, joint_site
 
 # the oldest supported diffusers hands the text's mask down to the layers but attends to padding all the same
@@ -39,20 +39,25 @@ class QwenProcessor(DispatchProcessor):
         if text_mask is not None:
             real = text_mask.new_ones(hidden_states.shape[:2])
             attention_mask = torch.cat((text_mask, real), dim=1)[:, None, None, :]
+        moved = self.moved(mechanism)
         image, text = self.attend(
-            mechanism, attn, hidden_states, encoder_hidden_states, mask=attention_mask, text_mask=text_mask,
-            rope=qwen_rope(image_rotary_emb),
+            mechanism, attn, reference_tokens_first(hidden_states, moved), encoder_hidden_states, mask=attention_mask,
+            text_mask=text_mask, rope=qwen_rope(image_rotary_emb, moved),
         )  # fmt: skip
+        image = reference_tokens_last(image, moved)
         assert text is not None  # it came apart
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text.contiguous())
 
 
-def qwen_rope(tables: tuple[Tensor, Tensor] | None) -> Rope | None:
+skipped_as(QwenProcessor, "transformers.transformer_qwenimage", "QwenDoubleStreamAttnProcessor2_0")
+
+
+def qwen_rope(tables: tuple[Tensor, Tensor] | None, moved: int) -> Rope | None:
     """The host's complex tables, of the image and of the text `[N, D / 2]`, over the whole sequence."""
     if tables is None:
         return None
-    image, text = tables
+    image, text = reference_tokens_first(tables[0], moved, dim=0), tables[1]
     whole = torch.cat((text, image))
     cos, sin = (part.repeat_interleave(2, dim=-1) for part in (whole.real, whole.imag))
     return Rope(partial(turned, image=image, text=text), RopeTables(cos, sin, interleaved=True))
@@ -70,6 +75,7 @@ def qwen_layout(
 ) -> Layout:
     """`img_shapes` holds `(frames, h, w)` for each picture of each sample; the host takes the first's for all.
 
+    The first is the one to be drawn, reference pictures (Qwen-Image-Edit) stand behind it.
     `words` and `shapes` are the places of the text and of `img_shapes` among the arguments of the host's forward.
     """
     tokens = argument(args, kwargs, 0, "hidden_states").shape[1]
@@ -80,18 +86,19 @@ def qwen_layout(
     there = sum(math.prod(picture) for picture in pictures)
     if there != tokens:
         raise ValueError(f"img_shapes={pictures} describes {there} image tokens, but there are {tokens}.")
-    layout = Layout(tokens=tokens, text=text)
-    if "grid" not in needs:
-        return layout
-    if len(pictures) != 1 or pictures[0][0] != 1:
+    frames, *grid = pictures[0]
+    together = frames != 1 or getattr(host.config, "use_layer3d_rope", False)
+    if not needs or (together and "grid" not in needs):
+        return Layout(tokens=tokens, text=text)
+    if together:
         raise ValueError(
-            f"img_shapes={pictures} is not one picture. Reference images and layers in the sequence (Qwen-Image-Edit, "
-            "Layered) are not supported by mechanisms that need the grid."
+            f"img_shapes={pictures}: several pictures that are drawn together (Qwen-Image-Layered) have no single "
+            "token grid, which this mechanism needs."
         )
     if any(sample != pictures for sample in others):
-        raise ValueError(f"img_shapes differ between samples ({samples}); mechanisms that need the grid take one.")
-    layout.grid = tuple(pictures[0][1:])
-    return layout
+        raise ValueError(f"img_shapes differ between samples ({samples}); mechanisms take one token grid.")
+    picture = math.prod(grid)
+    return Layout(tuple(grid), picture, text + tokens - picture, references=tokens - picture)
 
 
 def qwen_site(name: str, attn: HostLayer) -> Site:

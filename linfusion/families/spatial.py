@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import Layout, Site
-from .base import Family, HostLayer, Processor, argument, class_names, prepared_mask
+from .base import Family, HostLayer, Processor, argument, class_names, prepared_mask, skipped_as
 from .flux import flux_rope
 
 STOCK = frozenset({"AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"})
@@ -30,6 +30,9 @@ class SpatialProcessor(Processor):
     ) -> Tensor:
         mask = prepared_mask(attn, attention_mask, hidden_states)
         return self.attend_alone(attn, hidden_states, encoder_hidden_states, mask)
+
+
+skipped_as(SpatialProcessor, "attention_processor", "AttnProcessor2_0")
 
 
 class HunyuanDiTProcessor(Processor):

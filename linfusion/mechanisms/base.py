@@ -55,7 +55,8 @@ class Mechanism(nn.Module):
 
     Attributes:
         kernel: the op of `kernels` that computes its attention, where that has more than one implementation.
-        needs: what the family must supply: any of "grid", "time", "stream".
+        needs: what the family must supply: any of "grid", "time", "stream", or "references", for those that need no
+            grid but which tokens are outside of it. Nothing where the host's own order of tokens is as good as any.
         honours_mask: whether a mask of the whole sequence can be used.
         honours_backend: whether the host's attention backend does the work.
         changes_input: whether `features` does anything.

@@ -45,6 +45,7 @@ class CLEAR(MechanismConfig):
 
 class CLEARAttention(Mechanism):
     config: CLEAR
+    kernel = "window_attention"
     needs = frozenset({"grid"})
 
     def __init__(self, config: CLEAR, site: Site) -> None:

@@ -45,6 +45,7 @@ class LinFusion(MechanismConfig):
 class LinFusionAttention(Mechanism):
     config: LinFusion
     kernel = "linear_attention"
+    needs = frozenset({"references"})
     changes_input = True
 
     def __init__(self, config: LinFusion, site: Site) -> None:

@@ -53,6 +53,7 @@ class SLA(MechanismConfig):
 
 class SLAAttention(Mechanism):
     config: SLA
+    needs = frozenset({"references"})
 
     def __init__(self, config: SLA, site: Site) -> None:
         super().__init__(config, site)

@@ -72,14 +72,17 @@ def test_bf16_draws_nearly_the_same(pipe):
     assert (pictures[0] - pictures[1]).square().mean() < 0.01
 
 
-def test_quality(pipe):
+def references():
     sheet = np.array(Image.open(Path(__file__).parent / "references.png").convert("RGB"))
     tiles = torch.from_numpy(sheet.reshape(4, 32, 4, 32, 3)).permute(0, 2, 4, 1, 3).reshape(16, 3, 32, 32)
+    return tiles.float() / 127.5 - 1
+
+
+def test_quality(pipe):
     drawn = draw(pipe, PROMPTS, steps=10)
     corners = drawn[..., :8, :8]
     assert corners.mean() > 0.97, "the background is white"
-    reference = thumbnails(tiles.float() / 127.5 - 1)
-    assert retrieved(thumbnails(drawn), PROMPTS, reference, PROMPTS + OTHERS) == [True] * len(PROMPTS)
+    assert retrieved(thumbnails(drawn), PROMPTS, thumbnails(references()), PROMPTS + OTHERS) == [True] * len(PROMPTS)
 
 
 def test_other_sizes(pipe):
@@ -107,3 +110,11 @@ def test_files():
         with file.open("rb") as handle:
             header = json.loads(handle.read(struct.unpack("<Q", handle.read(8))[0]))
         assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} == {"BF16"}
+
+
+def test_everything_that_is_no_text_is_small():
+    """Weights, adapters and pictures of the repository together."""
+    binary = {".safetensors", ".png", ".webp", ".jpg", ".pt", ".bin"}
+    folders = ("demos", "distill", "docs", "kernels", "linfusion", "pipelines", "tests")
+    files = [f for folder in folders for f in (Path(__file__).parents[2] / folder).rglob("*") if f.suffix in binary]
+    assert sum(f.stat().st_size for f in files) <= 44e6

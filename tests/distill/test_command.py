@@ -12,13 +12,15 @@ from PIL import Image
 import linfusion as lf
 from linfusion.cli import build_parser, main
 from linfusion.demos.emoji.evaluate import top_1
+from linfusion.demos.emoji.models import Sizes, build_unet
 from linfusion.distill.config import SampleConfig, TrainConfig, fields_of, merge, read_yaml
 from linfusion.distill.data.store import Store
-from linfusion.mechanisms import config_from_dict
+from linfusion.distill.student import asked_for
+from linfusion.distill.trainable import add_lora, choose, projections
 
 from .tiny import PROMPTS, build
 
-CONFIGS = sorted((Path(__file__).parents[2] / "distill" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "distill" / "configs").rglob("*.yaml"))
 
 
 def test_all_of_it(tmp_path, capsys):
@@ -126,13 +128,28 @@ def test_committed_configs(path):
     whole = merge(TrainConfig, content)
     for stage in whole.stages:
         merge(TrainConfig, content, stage)
-    pipe = lf.demo_pipeline(model)
-    report = lf.describe(lf.apply(pipe, config_from_dict(whole.mechanism)))
-    assert report.replaced == len(report.layers)
+    host = lf.demo_pipeline(model).transformer if model == "emoji-flux" else build_unet(Sizes())
+    wanted = {name for name, _ in lf.families()[type(host).__name__].layers(host)}
+    mechanisms = asked_for(whole.mechanism)
+    report = lf.describe(lf.apply(host, mechanisms))
+    assert {layer.layer for layer in report.layers if layer.mechanism is not None} == wanted
+    if path.stem == "emoji-unet-clear":  # a quarter of each layer's own grid
+        host(torch.zeros(1, 8, 32, 32), torch.tensor([1]), torch.zeros(1, 16, 128))
+        layers = [layer for layer in lf.describe(host).layers if layer.mechanism is not None]
+        assert {(layer.grid[0], layer.mechanism) for layer in layers} == {
+            (32, "CLEAR(radius=8)"), (16, "CLEAR(radius=4)"),
+        }  # fmt: skip
+    pytest.importorskip("peft")
+    targets = projections(host, wanted)
+    add_lora(host, targets, whole.rank, whole.lora_alpha)
+    trained = choose(host, sorted(wanted), whole.trainable, targets)
+    assert 2 * sum(p.numel() for p in trained.values()) < 0.6e6, "bytes in bf16: ten have to fit into the repository"
 
 
 def test_there_is_a_config_for_every_mechanism_that_learns():
-    assert {p.stem for p in CONFIGS} == {"linfusion", "clear", "sla", "lit", "agent"}
+    mechanisms = ["linfusion", "clear", "sla", "lit", "agent"]
+    found = {p.stem for p in CONFIGS if p.parent.name == "configs"}
+    assert found == {prefix + m for m in mechanisms for prefix in ("", "emoji-unet-")}
 
 
 @pytest.mark.parametrize(

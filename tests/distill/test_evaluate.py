@@ -94,3 +94,14 @@ def test_evaluation(tmp_path, name):
     for changes, message in (({"num_samples": 0}, "no prompts"), ({"scales": [0.0]}, "scales must be positive")):
         with pytest.raises(ValueError, match=message):
             evaluate(pipe, PROMPTS, EvalConfig(**changes), students, folder=tmp_path)
+
+
+def test_what_was_measured_stays(tmp_path):
+    """When a later student fails, or someone stops a long evaluation."""
+    pipe = build("sd")
+    config = EvalConfig(num_samples=1, resolution=SIZES["sd"], num_inference_steps=1, features="none")
+    students = {"same": lambda p: lf.apply(p, lf.Softmax()), "broken": lambda p: lf.apply(p, None)}
+    with pytest.raises(Exception, match="None"):
+        evaluate(pipe, PROMPTS, config, students, folder=tmp_path)
+    found = json.loads((tmp_path / card.FIGURES).read_text())["sizes"][str(SIZES["sd"])]
+    assert found["same psnr"] == 100 and "same lpips" not in found

@@ -1,6 +1,7 @@
 """Whole runs: they learn, go on exactly after a kill, share work between processes, and stop when something breaks."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +110,16 @@ def test_the_adapter_is_the_student(tmp_path, data, monkeypatch):
         }  # fmt: skip
         with torch.no_grad():
             assert torch.allclose(fresh(**inputs)[0], kept["student"](**inputs)[0], atol=1e-4)
+
+
+def test_a_length_in_minutes(tmp_path, data, monkeypatch):
+    """The learning rate comes down to zero in time, and the adapter is of the steps that fitted."""
+    clock = itertools.count(1)  # a second a step
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    folder = run("sd", data, tmp_path, max_train_steps=10**6, max_train_minutes=1 / 6, lr_scheduler="constant")
+    rates = [row["lr"] / 3e-3 for row in rows(tmp_path)]
+    assert rates == pytest.approx([1.0] * 8 + [0.75, 0.5, 0.25])
+    assert json.loads((folder / "training.json").read_text())["steps"] == len(rates)
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_ema": True, "stage": "transfer", "gradient_accumulation_steps": 2}])
@@ -253,6 +265,7 @@ def test_folders_of_other_runs(tmp_path, data):
         ({"layers": ["nothing.*"]}, "matches none of the 4 layers"),
         ({"data_dir": "/nowhere"}, "holds no data set"),
         ({"max_train_steps": 0}, "max_train_steps must be at least 1"),
+        ({"max_train_minutes": 0.0}, "max_train_minutes must be a positive number"),
         ({"task_weight": 0.0, "output_weight": 0.0, "attention_weight": 0.0}, "nothing to learn from"),
         ({"weighting_scheme": "mode"}, "for flow models"),
         ({"init_adapter": "/nowhere"}, "no folder here"),

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 import linfusion as lf
 from linfusion.kernels.merge import merge, merge_slots, unmerge
+from linfusion.mechanisms import agent_sd
 
 from ..models import HOSTS, forward, gap
 
@@ -164,6 +165,28 @@ def test_the_whole_pipeline():
     lf.restore(pipe)
     assert torch.equal(draw(pipe, 5.0), stock)
     assert not pipe.unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["unet-sd15", "unet-sdxl"])
+def test_pipelines_switch_by_themselves(name, monkeypatch):
+    """Agents in the first two fifths of the schedule: in every run, of every pipeline that shares the model."""
+    calls, merge_tokens = [], agent_sd.AgentSDAttention.merge
+
+    def spied(self, x):
+        merged = merge_tokens(self, x)
+        calls.append((self.site.name, merged.agents is not None))
+        return merged
+
+    monkeypatch.setattr(agent_sd.AgentSDAttention, "merge", spied)
+    pipe = HOSTS[name].build_pipeline()
+    five = pipe.scheduler.set_timesteps
+    monkeypatch.setattr(pipe.scheduler, "set_timesteps", lambda _, **settings: five(5, **settings))
+    lf.apply(pipe, lf.AgentSD(cell=2))
+    for run in (pipe, type(pipe)(**pipe.components), pipe):
+        calls.clear()
+        HOSTS[name].draw(run, 5.0)
+        layers = {layer for layer, _ in calls}
+        assert layers and all([a for n, a in calls if n == layer] == [True] * 2 + [False] * 3 for layer in layers)
 
 
 def test_called_without_the_model_or_on_too_small_a_grid():

@@ -3,10 +3,11 @@
 import diffusers
 import pytest
 import torch
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 import linfusion as lf
 
-from ..models import HOSTS, TEXT, Tiny, forward, gap, lively, noise
+from ..models import HOSTS, TEXT, Tiny, forward, gap, lively, noise, whole
 from ..models.base import vae
 from ..models.sd3 import SIZES
 from .matrix import CONFIGS
@@ -52,6 +53,31 @@ def test_residuals_of_a_replaced_controlnet(name):
         assert gap(forward(model, inputs | samples(controlnet, control)), stock) > 1e-3, config
     lf.restore(controlnet)
     assert torch.equal(forward(model, inputs | samples(controlnet, control)), stock)
+
+
+@pytest.mark.parametrize("name", ["controlnet", "flux-controlnet"])
+def test_several_controlnets_in_one_module(name):
+    """As `pipe.controlnet` is when a pipeline was given a list; one that stands there twice is one model."""
+    tiny, make = HOSTS[name], diffusers.FluxMultiControlNetModel if "flux" in name else MultiControlNetModel
+    first, second = tiny.build(), lively(tiny.make()).eval()
+    several = make([first, first, second])
+    inputs = tiny.inputs(6, 9)
+    more = {"conditioning_scale": [1.0, 0.5, 0.7], "controlnet_cond": [inputs["controlnet_cond"]] * 3}
+    more |= {"controlnet_mode": [torch.zeros(2)] * 3} if "Flux" in tiny.family else {}
+
+    def run():
+        with torch.no_grad():
+            return whole(several(**inputs | more, return_dict=False))
+
+    stock = run()
+    assert torch.equal((lf.apply(several, lf.Softmax()), run())[1], stock)
+    lf.apply(several, lf.CLEAR(2))
+    layers = [r.layer for r in lf.describe(several).layers if r.mechanism]
+    assert len(layers) == 2 * tiny.layers and {name[:7] for name in layers} == {"nets.0.", "nets.2."}
+    assert gap(run(), stock) > 1e-3
+    assert lf.describe(lf.apply(several, lf.CLEAR(2), layers="nets.2.*")).replaced == tiny.layers
+    lf.restore(several)
+    assert torch.equal(run(), stock) and not any(hasattr(m, "linfusion") for m in several.modules())
 
 
 def flux_pipeline() -> tuple[diffusers.DiffusionPipeline, dict]:

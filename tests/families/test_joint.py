@@ -4,11 +4,13 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import QwenImageTransformer2DModel
 
 import linfusion as lf
 from linfusion.families.qwen import HONOURS_PADDING
 
-from ..models import HOSTS, TEXT, flux2_ids, forward, gap, padded_text
+from ..models import HOSTS, TEXT, flux2_ids, forward, gap, lively, padded_text
+from ..models.qwen import SIZES
 from .test_linfusion import heads, layers, linear, mlp, phi, train
 
 CONFIGS = [lf.Softmax(), lf.CLEAR(3), lf.CLEAR(2, pool=2), lf.LinFusion(mid_dim=4)]
@@ -136,10 +138,11 @@ def beside_text(q, k, v, words, keep, tables=None):
     return out.transpose(1, 2).flatten(2)
 
 
-def apart(attn, given, text_first, keep, tables=None):
-    """Double blocks: image and text as the layer returns them."""
+def apart(attn, given, text_first, keep, tables=None, references=0):
+    """Double blocks: image and text as the layer returns them; so many reference tokens stand last."""
     x, text, m, count = given["hidden_states"].double(), given.get("encoder_hidden_states"), attn.linfusion, attn.heads
-    inputs = (x + mlp(x, m.q_mlp), x + mlp(x, m.k_mlp), x)
+    drawn = torch.arange(x.shape[1])[:, None] < x.shape[1] - references
+    inputs = (x + drawn * mlp(x, m.q_mlp), x + drawn * mlp(x, m.k_mlp), x)
     norms = (attn.norm_q, attn.norm_k, None)
     image = [normed(heads(linear(y, to), count), norm)
              for y, to, norm in zip(inputs, (attn.to_q, attn.to_k, attn.to_v), norms, strict=True)]  # fmt: skip
@@ -155,7 +158,8 @@ def apart(attn, given, text_first, keep, tables=None):
         q, k, v = (torch.cat((a, b) if text_first else (b, a), dim=2) for a, b in pairs)
     places = torch.arange(tokens + words)
     is_text = places < words if text_first else places >= tokens
-    out = beside_text(q, k, v, is_text, keep[:, :words], tables)
+    whole = is_text | (places >= tokens + words - references) if references else is_text
+    out = beside_text(q, k, v, whole, F.pad(keep[:, :words], (0, references), value=True), tables)
     image = linear(out[:, ~is_text], attn.to_out[0])
     if text is None:
         return (image,)
@@ -163,15 +167,15 @@ def apart(attn, given, text_first, keep, tables=None):
     return image, text if attn.to_add_out is None else linear(text, attn.to_add_out)
 
 
-def single(attn, given, tables):
+def single(attn, given, tables, references=0):
     """FLUX.2's single blocks: rows of one projection are q, k, v, the MLP's gate and its value."""
     x, m, d = given["hidden_states"].double(), attn.linfusion, attn.inner_dim
-    image = x[:, TEXT:]
-    x_q, x_k = (torch.cat((x[:, :TEXT], image + mlp(image, p)), dim=1) for p in (m.q_mlp, m.k_mlp))
+    places = torch.arange(x.shape[1])
+    words = (places < TEXT) | (places >= x.shape[1] - references)
+    x_q, x_k = (x + ~words[:, None] * mlp(x, p) for p in (m.q_mlp, m.k_mlp))
     q, k, v, gate, value = attn.to_qkv_mlp_proj.weight.double().split([d] * 3 + [attn.mlp_hidden_dim] * 2)
     q, k, v = (heads(y @ w.T, attn.heads) for y, w in ((x_q, q), (x_k, k), (x, v)))
-    words = torch.arange(x.shape[1]) < TEXT
-    keep = torch.ones(2, TEXT, dtype=torch.bool)
+    keep = torch.ones(2, TEXT + references, dtype=torch.bool)
     out = beside_text(normed(q, attn.norm_q), normed(k, attn.norm_k), v, words, keep, tables)
     return (linear(torch.cat((out, F.silu(x @ gate.T) * (x @ value.T)), dim=-1), attn.to_out),)
 
@@ -180,22 +184,25 @@ ALL = torch.ones(2, TEXT, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in ("sd3", "sd3.5", "sd3.5-controlnet", "flux2", "qwen-padded") if n in HOSTS]
+    "name",
+    [n for n in ("sd3", "sd3.5", "sd3.5-controlnet", "flux2", "flux2-refs", "qwen-padded", "qwen-edit") if n in HOSTS],
 )
 def test_all_that_involves_text_stays_exact(name):
     tiny = HOSTS[name]
     model = lf.apply(tiny.build(), lf.LinFusion(mid_dim=4))
     train(model)
-    seen = layers(model, tiny.inputs(6, 9))
-    assert len(seen) == tiny.layers
+    seen, references = layers(model, tiny.inputs(6, 9)), tiny.sequences(6, 9)[0].references
+    assert len(seen) == tiny.layers and (references > 0) == (name in ("flux2-refs", "qwen-edit"))
     for attn, given, out in seen:
         rotary = given.get("image_rotary_emb")
-        if name == "qwen-padded":
+        if name.startswith("qwen"):
             keep = padded_text() if HONOURS_PADDING else ALL
-            want = apart(attn, given, True, keep, torch.cat((rotary[1], rotary[0])).to(torch.complex128))
-        elif name == "flux2":
+            tables = torch.cat((rotary[1], rotary[0])).to(torch.complex128)
+            want = apart(attn, given, True, keep, tables, references)
+        elif name.startswith("flux2"):
             tables = torch.complex(*(t.double()[:, 0::2] for t in rotary))
-            want = single(attn, given, tables) if hasattr(attn, "mlp_act_fn") else apart(attn, given, True, ALL, tables)
+            one = hasattr(attn, "mlp_act_fn")
+            want = single(attn, given, tables, references) if one else apart(attn, given, True, ALL, tables, references)
         else:
             want = apart(attn, given, False, ALL)
         out = out if isinstance(out, tuple) else (out,)
@@ -234,22 +241,19 @@ def refuses_grids_only(model, inputs, match):
 
 
 @newest
-@pytest.mark.parametrize("second", [flux2_ids(6, 9, frame=10), flux2_ids(3, 9, frame=10), flux2_ids(3, 9)], ids=len)
-def test_flux2_with_reference_images(second):
-    ids = torch.cat((flux2_ids(6, 9), second))
+def test_flux2_ids_that_are_no_picture_and_references():
+    ids = torch.cat((flux2_ids(6, 9), flux2_ids(3, 9)))
     inputs = HOSTS["flux2"].inputs(1, len(ids)) | {"img_ids": ids.expand(2, -1, -1)}
-    refuses_grids_only(HOSTS["flux2"].build(), inputs, r"img_ids.*FLUX\.2 with input images")
+    refuses_grids_only(HOSTS["flux2"].build(), inputs, r"img_ids \(2, 81, 4\) do not describe a grid")
 
 
 @newest
-def test_flux2_layers_of_pictures_are_not_one_picture():
-    ids = torch.cat((flux2_ids(6, 9), flux2_ids(6, 9) + torch.tensor([0, 6, 0, 1])))
-    inputs = HOSTS["flux2"].inputs(1, len(ids)) | {"img_ids": ids}
-    refuses_grids_only(HOSTS["flux2"].build(), inputs, "img_ids")
-    grown = torch.cat((flux2_ids(6, 9), flux2_ids(6, 9) + torch.tensor([0, 6, 0, 0])))  # one picture of 12 rows
+@pytest.mark.parametrize(("layer", "grid"), [(0, (12, 9)), (1, (6, 9))])
+def test_flux2_layers_are_pictures_of_their_own(layer, grid):
+    ids = torch.cat((flux2_ids(6, 9), flux2_ids(6, 9) + torch.tensor([0, 6, 0, layer])))
     model = lf.apply(HOSTS["flux2"].build(), lf.CLEAR(3))
-    forward(model, inputs | {"img_ids": grown})
-    assert {r.grid for r in lf.describe(model).layers} == {(12, 9)}
+    forward(model, HOSTS["flux2"].inputs(12, 9) | {"img_ids": ids})
+    assert {r.grid for r in lf.describe(model).layers} == {grid}
 
 
 @newest
@@ -273,11 +277,18 @@ def test_flux2_caches_of_reference_images_are_refused(config):
         lf.apply(model, config)
 
 
-@pytest.mark.parametrize("shapes", [[(1, 6, 9), (1, 2, 2)], [(1, 4, 7), (1, 5, 6)], [(2, 3, 9)]], ids=str)
-def test_qwen_with_several_pictures(shapes):
-    """Qwen-Image-Edit, Layered, and frames."""
-    inputs = HOSTS["qwen"].inputs(1, sum(f * h * w for f, h, w in shapes)) | {"img_shapes": [shapes] * 2}
-    refuses_grids_only(HOSTS["qwen"].build(), inputs, r"img_shapes=.* is not one picture")
+def test_qwen_frames_are_refused():
+    inputs = HOSTS["qwen"].inputs(6, 9) | {"img_shapes": [[(2, 3, 9)]] * 2}
+    refuses_grids_only(HOSTS["qwen"].build(), inputs, r"img_shapes=\[\(2, 3, 9\)\]: several pictures")
+
+
+@pytest.mark.skipif(not HONOURS_PADDING, reason="this diffusers has no Qwen-Image-Layered")
+def test_qwen_layers_are_refused():
+    """Two layers are drawn together; no reference."""
+    inputs = HOSTS["qwen"].inputs(6, 9) | {"img_shapes": [[(1, 3, 9), (1, 3, 9)]] * 2}
+    torch.manual_seed(0)
+    model = lively(QwenImageTransformer2DModel(**SIZES, use_layer3d_rope=True)).eval()
+    refuses_grids_only(model, inputs, r"img_shapes=.*: several pictures")
 
 
 def test_qwen_shapes():

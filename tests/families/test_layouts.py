@@ -7,7 +7,7 @@ import linfusion as lf
 from linfusion.families.flux import ids_grid
 from linfusion.kernels import window_attention
 
-from ..models import HOSTS, TINY, flux_ids, forward, gap, grids_for, noise, whole
+from ..models import HOSTS, TEXT, TINY, flux_ids, forward, gap, grids_for, noise, whole
 
 
 def grids(model) -> set:
@@ -66,38 +66,42 @@ def test_flux_ids_with_an_offset_or_a_batch():
     assert torch.equal(forward(model, inputs | batched), want)
 
 
-TWO_PICTURES = pytest.mark.parametrize(
-    "ids",
-    [
-        torch.cat((flux_ids(6, 9), flux_ids(6, 9, frame=1))),
-        torch.cat((flux_ids(8, 8), flux_ids(16, 4, frame=1))),  # the box around both has as many tokens as both have
-        torch.cat((flux_ids(4, 2), flux_ids(2, 4, frame=1))),
-        torch.cat((flux_ids(6, 9), flux_ids(2, 2))),
-        torch.cat((flux_ids(6, 9), flux_ids(3, 9))),
-        torch.cat((flux_ids(6, 9), flux_ids(3, 9, frame=1) + torch.tensor([0, 6, 0]))),
-    ],
-    ids=["same-size", "other-size", "box-fits", "same-frame", "same-width", "below"],
-)
+BEHIND = [
+    flux_ids(6, 9, frame=1),
+    flux_ids(9, 6, frame=1),
+    flux_ids(1, 1, frame=1),
+    torch.cat((flux_ids(1, 4, frame=1), flux_ids(3, 2, frame=2))),
+    flux_ids(3, 9, frame=1) + torch.tensor([0, 6, 0]),
+]
+"""Reference pictures as FLUX Kontext has them: as large, turned, a token, several, and as if the first went on."""
 
 
-@TWO_PICTURES
-def test_reference_images_in_the_sequence_are_refused(ids):
-    """FLUX Kontext: a second image stands behind the first, and no single grid describes both."""
-    model, tokens = TINY["flux"].build(), len(ids)
-    inputs = TINY["flux"].inputs(1, tokens) | {"img_ids": ids}
+@pytest.mark.parametrize("ids", BEHIND, ids=["same", "turned", "token", "two", "below"])
+def test_reference_pictures_stand_behind_the_grid(ids):
+    ids = torch.cat((flux_ids(6, 9), ids))
+    assert ids_grid(ids).tolist() == ids_grid(ids.bfloat16()).tolist() == [6, 9]
+    model, inputs = TINY["flux"].build(), TINY["flux"].inputs(1, len(ids)) | {"img_ids": ids}
+    lf.apply(model, {"single*": lf.CLEAR(3), "*": lf.LinFusion()})
+    forward(model, inputs)
+    for layer in lf.describe(model).layers:
+        assert (layer.grid, layer.text) == ((6, 9), TEXT + len(ids) - 54)
+
+
+ONE_FRAME = [torch.cat((flux_ids(6, 9), flux_ids(2, 2))), torch.cat((flux_ids(6, 9), flux_ids(3, 9)))]
+
+
+@pytest.mark.parametrize("ids", ONE_FRAME, ids=["other-size", "same-width"])
+def test_pictures_that_cannot_be_told_apart_are_refused(ids):
+    """By the layout, and by the op where the host is compiled as a whole: there the grid stays a tensor."""
+    model, inputs = TINY["flux"].build(), TINY["flux"].inputs(1, len(ids)) | {"img_ids": ids}
     stock = forward(model, inputs)
     lf.apply(model, lf.CLEAR(3))
-    with pytest.raises(ValueError, match=r"img_ids.*Kontext"):
+    with pytest.raises(ValueError, match=r"img_ids.*another number on the first axis"):
         forward(model, inputs)
     lf.apply(model, lf.Softmax())  # needs no grid
     assert torch.equal(forward(model, inputs), stock)
     lf.apply(model, lf.LinFusion())  # neither does this
     assert forward(model, inputs).isfinite().all()
-
-
-@TWO_PICTURES
-def test_reference_images_are_refused_by_the_op_where_the_host_is_compiled(ids):
-    """There the grid stays a tensor, which only the op reads."""
     q = noise(1, len(ids), 1, 8)
     with pytest.raises(ValueError, match="grid"):
         window_attention(q, q, q, grid=ids_grid(ids), radius=2)
@@ -142,5 +146,3 @@ def test_qwen_shapes_that_do_not_fit():
     lf.apply(model, lf.CLEAR(2))
     with pytest.raises(ValueError, match="differ between samples"):
         forward(model, inputs | {"img_shapes": [[(1, 6, 9)], [(1, 9, 6)]]})
-    lf.apply(model, lf.LinFusion())
-    assert forward(model, inputs | {"img_shapes": [[(1, 3, 9), (1, 3, 9)]] * 2}).isfinite().all()

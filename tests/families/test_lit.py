@@ -72,6 +72,24 @@ def test_a_fresh_layer_is_the_formula_without_its_convolution(name, count):
         assert gap(out, published(attn, x, 4)) > 1e-4
 
 
+@pytest.mark.parametrize("normalize", ["inline", "mala"])
+def test_subtraction_instead_of_division(normalize):
+    """A constant is added to the weights `phi(q) . phi(k)` of each query, so that they sum to one."""
+    model = lf.apply(TINY["pixart"].build().double(), lf.LiT(kernel_size=None, heads=2, normalize=normalize))
+    assert not any(".linfusion." in name for name, _ in model.named_parameters())
+    for attn, given, out in layers(model, wide(TINY["pixart"].inputs(6, 9))):
+        q, k, v = (heads(linear(given["hidden_states"].double(), to), 2) for to in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = q.relu() + 1e-6, k.relu() + 1e-6
+        weights, tokens = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, q.shape[-2]
+        total = weights.sum(-1, keepdim=True)
+        if normalize == "inline":
+            weights = (weights - total / tokens + 1) / tokens
+        else:
+            weights = weights / tokens * (1 + 1 / (total / tokens + 1e-6)) - total / tokens**2
+        assert (weights.sum(-1) - 1).abs().max() < 1e-3
+        assert gap(out, linear((weights @ v).transpose(1, 2).flatten(2), attn.to_out[0])) < 1e-9
+
+
 @pytest.mark.parametrize("config", [lf.LiT(), lf.LiT(heads=1, text="linear"), lf.Agent(6)], ids=str)
 def test_the_branch_starts_at_zero_effect(tiny, model, inputs, config):
     """Fresh, the convolution changes nothing at all; it is there, though, and training opens it."""

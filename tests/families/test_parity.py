@@ -65,7 +65,7 @@ def test_every_call_goes_through_the_mechanism(tiny, model, inputs, monkeypatch)
     forward(model, inputs)
     assert calls.keys() == set(layers) and all(len(c) == 2 for c in calls.values())
     assert not {n for n in layers if model.get_submodule(n) in stock}
-    runs = {(run.grid, run.before, run.after) for run in tiny.sequences(6, 6 if tiny.square else 9)}
+    runs = {(run.grid, run.before + run.references, run.after) for run in tiny.sequences(6, 6 if tiny.square else 9)}
     seen = set()
     for name, ((call, out), _) in calls.items():
         site = model.get_submodule(name).linfusion.site

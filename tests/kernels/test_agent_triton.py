@@ -278,12 +278,13 @@ def test_memory(monkeypatch, agents, heads, tokens, dim):
 
 COMPILE = """
 import os, re, subprocess, sys, tempfile
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from linfusion.kernels import agent_launch, agent_pool_triton, agent_triton as kernels
 
 def build(name, kernel, agents, dim, rank, **constants):
-    block = agent_launch.blocks(name, agents, dim, False)
+    block = agent_launch.blocks(name, agents, dim, False, rank)
     constants |= dict(D=dim, BD=dim, BN=block.agents, BS=block.tokens, R=rank, STAGES=block.stages, ALIGN=8)
     constants |= dict(ONE=agents <= block.agents, FULL=agents % block.agents == 0)
     return compiled(kernel, block.warps, **constants)
@@ -303,7 +304,8 @@ def compiled(kernel, warps, **constants):
             file.write(made.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True).stdout
-    assert re.search(r"STACK:0 ", usage), (kernel.__name__, constants, usage)
+    # a few spilled registers were measured to be better than smaller blocks
+    assert int(re.search(r"STACK:(\\d+) ", usage)[1]) <= 96, (kernel.__name__, constants, usage)
     assert made.metadata.shared <= 227 * 1024
 
 for side in ("query", "key"):
@@ -320,11 +322,30 @@ compiled(kernels.merge_kernel, 4, **small)
 compiled(kernels.sum_kernel, 4, **small, DELTAS=True)
 for kernel in (agent_pool_triton.pool_kernel, agent_pool_triton.pool_backward_kernel):
     compiled(kernel, 4, D=64, BD=64, BS=32)
+
+agent_launch.multiprocessors = lambda device: 132
+
+def special(run):
+    "What Triton compiles a kernel for: its constants, and which numbers are 1 or multiples of 16."
+    names = [p.name for p in run.kernel.params if not p.is_constexpr][-len(run.numbers):]
+    free = [p.name for p in run.kernel.params if p.do_not_specialize]
+    numbers = [n if n in (0, 1) else n % 16 for name, n in zip(names, run.numbers) if name not in free]
+    return run.kernel.__name__, str(run.settings), str(numbers)
+
+for agents in (49, 64, 256):
+    variants = []
+    for tokens in (64 * 64, 96 * 96, 128 * 128, 80 * 112, 48 * 72):
+        x, a = (torch.empty(1, n, 8, 64, dtype=torch.bfloat16, device="meta") for n in (tokens, agents))
+        there = agent_launch._forward_recipe(x, x, x, a, *(None,) * 4, 0.1, 0.1, 0.0, False, True)
+        back = agent_launch._backward_recipe(x, x, x, x, a, None, None, 0.1, 0.1)
+        every = [there.gather, there.merge, there.read, *back.query[:2], back.gathered, *back.key[:2], back.total]
+        variants.append({special(run) for run in every if run is not None})
+    assert all(v == variants[0] for v in variants), variants
 """
 
 
 def test_the_compiler_takes_them():
-    """Without spilling registers; it also checks types that the interpreter does not. None of it needs a GPU."""
+    """Hardly spilling registers, and once for all lengths. It also checks types that the interpreter does not."""
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,7 +9,7 @@ import torch
 import linfusion as lf
 from linfusion.cli import main
 from linfusion.kernels import backend, reference
-from linfusion.kernels.bench import checks, command, ops, peers, plots, report, runner, table, timing, window
+from linfusion.kernels.bench import checks, command, ops, pages, peers, plots, report, runner, table, timing, window
 from linfusion.kernels.bench.models import Model, random_model
 from linfusion.kernels.bench.op import DIRECTIONS, WHOLE, Case, Missing, Provider
 from linfusion.kernels.bench.table import Row, Shape
@@ -362,6 +362,25 @@ def test_plots_are_drawn(made_up, tmp_path):
     drawn = plots.draw(made_up, tmp_path / "docs")
     assert [p.name for p in drawn] == ["bench-linear.png", "bench-linear-floor.png", "bench-model-flux.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 5000 for p in drawn)
+
+
+def test_pages_are_filled(made_up, tmp_path):
+    """Between the marks alone, as often as one likes."""
+    page, other = tmp_path / "linear.md", tmp_path / "other.md"
+    marks = ("<!-- rows of {}, made by linfusion bench --plots -->", "<!-- end -->\n")
+    page.write_text(
+        "before\n" + "\nbetween\n".join(f"{marks[0].format(op)}\nold\n{marks[1]}" for op in ("linear", "lit"))
+    )
+    other.write_text("old\n")
+    for _ in range(2):
+        assert pages.fill(made_up, tmp_path) == [page]
+    first, second = page.read_text().split("\nbetween\n")
+    rows = first.splitlines()[2:-1]
+    assert first.startswith("before\n<!-- rows of linear") and second.splitlines()[1:-1] == ["Not measured yet."]
+    assert rows[0].startswith("| shape | direction | ms |") and "old" not in first + second
+    ours = [r for r in report.latest(table.read(made_up)) if r.op == "linear" and r.provider == "linfusion"]
+    assert len(rows) - 2 == len(ours) > 0 and f"| {ours[0].shape} | {ours[0].direction} |" in rows[2]
+    assert other.read_text() == "old\n"
 
 
 # the command

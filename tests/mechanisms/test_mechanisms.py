@@ -184,10 +184,8 @@ def test_a_rotation_of_the_image_leaves_the_text():
         ({"name": "linfusion", "eps": -1}, "eps must be a number"),
         ({"name": "linfusion", "text": "softmax"}, "text must be one of exact, linear, got 'softmax'"),
         ({"name": "lit", "text": None}, "text must be one of exact, linear"),
-        *(
-            ({"name": "lit", "kernel_size": n}, "kernel_size must be an odd number")
-            for n in (4, 0, -3, 3.0, True, None)
-        ),
+        *(({"name": "lit", "kernel_size": n}, "kernel_size must be an odd number") for n in (4, 0, -3, 3.0, True)),
+        ({"name": "lit", "normalize": "none"}, "normalize must be one of divide, inline, mala, got 'none'"),
         *(({"name": "lit", "heads": n}, "heads must be a positive number or None") for n in (0, -2, 1.5, True, "4")),
         ({"name": "agent", "kernel_size": 2}, "kernel_size must be an odd number"),
         *(

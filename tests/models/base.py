@@ -18,15 +18,19 @@ TEXT = 7
 
 
 class Run(NamedTuple):
-    """One kind of self-attention sequence in a host: a token grid, with so many tokens before and after it."""
+    """One kind of self-attention sequence in a host: a token grid, with so many tokens before and after it.
+
+    Of those after it, `references` are reference pictures', which mechanisms see before it.
+    """
 
     grid: tuple[int, ...]
     before: int = 0
     after: int = 0
+    references: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.before + math.prod(self.grid) + self.after
+        return self.before + math.prod(self.grid) + self.after + self.references
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,13 @@ def ddim() -> DDIMScheduler:
     return DDIMScheduler(clip_sample=False, steps_offset=1)
 
 
+def two_steps(pipe: DiffusionPipeline, **arguments) -> Tensor:
+    """The latents after two steps; Z-Image hands over one of each sample."""
+    generator = torch.Generator().manual_seed(0)
+    out = pipe(**{"num_inference_steps": 2} | arguments, generator=generator, output_type="latent")[0]
+    return out if isinstance(out, Tensor) else torch.stack(list(out))
+
+
 def draw(pipe: DiffusionPipeline, channels: int, **arguments) -> Tensor:
     """Two steps on a grid that is not square, for two prompts given as embeddings."""
     arguments |= {
@@ -198,6 +209,4 @@ def draw(pipe: DiffusionPipeline, channels: int, **arguments) -> Tensor:
     }  # fmt: skip
     here = pipe._execution_device
     arguments = {name: x.to(here) if isinstance(x, Tensor) else x for name, x in arguments.items()}
-    return pipe(
-        num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent", **arguments,
-    ).images  # fmt: skip
+    return two_steps(pipe, **arguments)

@@ -1,10 +1,13 @@
 """FLUX and its ControlNet: text then picture in one sequence, double and single blocks."""
 
+import math
+
 import torch
 from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -17,6 +20,15 @@ SIZES = {
     "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 24, "axes_dims_rope": (4, 6, 6),
     "guidance_embeds": True,
 }  # fmt: skip
+
+
+REFERENCE = (2, 2)
+"""Tokens of a reference picture."""
+
+
+def flux_shallow() -> FluxTransformer2DModel:
+    """One block of each kind."""
+    return FluxTransformer2DModel(**SIZES | {"num_layers": 1, "num_single_layers": 1})
 
 
 def flux() -> FluxTransformer2DModel:
@@ -61,6 +73,16 @@ def flux_union_inputs(height: int, width: int) -> dict:
     return flux_controlnet_inputs(height, width) | {"controlnet_mode": torch.tensor([[0], [2]])}
 
 
+def flux_kontext_inputs(height: int, width: int) -> dict:
+    """As FluxKontextPipeline: the picture to be changed behind the one to be drawn."""
+    ids = torch.cat((flux_ids(height, width), flux_ids(*REFERENCE, frame=1)))
+    return flux_inputs(1, len(ids)) | {"img_ids": ids}
+
+
+def picture_and_reference(grid: tuple[int, ...]) -> list[Run]:
+    return [Run(grid, before=TEXT, references=math.prod(REFERENCE))]
+
+
 def mode_and_text(grid: tuple[int, ...]) -> list[Run]:
     return [Run(grid, before=1 + TEXT)]
 
@@ -72,14 +94,34 @@ def flux_pipeline(transformer: nn.Module) -> FluxPipeline:
     )  # fmt: skip
 
 
-def flux_draw(pipe: DiffusionPipeline, guidance: float) -> Tensor:
+def flux_kontext_pipeline(transformer: nn.Module) -> FluxKontextPipeline:
+    return FluxKontextPipeline(
+        vae=vae(), text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+def flux_kontext_draw(pipe: DiffusionPipeline, guidance: float) -> Tensor:
+    """The picture to be changed comes as latents, and is not as large as the one to be drawn."""
     pooled = {"pooled_prompt_embeds": noise(2, 24, seed=4), "negative_pooled_prompt_embeds": noise(2, 24, seed=5)}
-    return draw(pipe, 32, height=24, width=40, guidance_scale=3.0, true_cfg_scale=guidance, **pooled)
+    return draw(
+        pipe, 32, image=noise(2, 4, 4, 6, seed=6), height=24, width=40, max_area=24 * 40, true_cfg_scale=guidance,
+        _auto_resize=False, **pooled,
+    )  # fmt: skip
+
+
+def flux_draw(pipe: DiffusionPipeline, guidance: float, **settings) -> Tensor:
+    pooled = {"pooled_prompt_embeds": noise(2, 24, seed=4), "negative_pooled_prompt_embeds": noise(2, 24, seed=5)}
+    return draw(pipe, 32, height=24, width=40, guidance_scale=3.0, true_cfg_scale=guidance, **pooled, **settings)
 
 
 HOSTS = {
     "flux": Tiny(
         "FluxTransformer2DModel", flux, flux_inputs, 4, "single_transformer_blocks.*", flux_pipeline, flux_draw
+    ),
+    "flux-kontext": Tiny(
+        "FluxTransformer2DModel", flux_shallow, flux_kontext_inputs, 2, "single_transformer_blocks.*",
+        flux_kontext_pipeline, flux_kontext_draw, runs=picture_and_reference,
     ),
     "flux-controlnet": Tiny(
         "FluxControlNetModel", flux_controlnet, flux_controlnet_inputs, 4, "single_transformer_blocks.*"

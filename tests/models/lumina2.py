@@ -4,10 +4,10 @@ import math
 from functools import partial
 
 import torch
-from diffusers import Lumina2Transformer2DModel
-from torch import Tensor
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+from torch import Tensor, nn
 
-from .base import TEXT, Run, Tiny, noise
+from .base import TEXT, Run, Tiny, noise, padded_text, two_steps
 
 SHORT = 3
 
@@ -43,10 +43,28 @@ def padded_masks(grid: tuple[int, ...], inside) -> dict[int, Tensor]:
     return {tokens: window, tokens + TEXT: joint}
 
 
+def lumina2_pipeline(transformer: nn.Module) -> Lumina2Pipeline:
+    return Lumina2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        transformer=transformer,
+    )  # fmt: skip
+
+
+def lumina2_draw(pipe: DiffusionPipeline, guidance: float) -> Tensor:
+    keep = padded_text()
+    return two_steps(
+        pipe, prompt_embeds=noise(2, TEXT, 12, seed=2), prompt_attention_mask=keep, guidance_scale=guidance, height=96,
+        negative_prompt_embeds=noise(2, TEXT, 12, seed=3), negative_prompt_attention_mask=keep, width=160,
+    )  # fmt: skip
+
+
 FAMILY = "Lumina2Transformer2DModel"
 padded_inputs = partial(lumina2_inputs, lengths=(TEXT, SHORT))
 
 HOSTS = {
     "lumina2": Tiny(FAMILY, lumina2, lumina2_inputs, 3, "layers.*", runs=lumina2_runs),
-    "lumina2-padded": Tiny(FAMILY, lumina2, padded_inputs, 3, "layers.*", runs=lumina2_runs, masks=padded_masks),
-}
+    "lumina2-padded": Tiny(
+        FAMILY, lumina2, padded_inputs, 3, "layers.*", lumina2_pipeline, lumina2_draw, runs=lumina2_runs,
+        masks=padded_masks,
+    ),
+}  # fmt: skip

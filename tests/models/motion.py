@@ -1,9 +1,10 @@
 """AnimateDiff: a UNet whose frames are pictures of their own, with motion modules between them."""
 
 import torch
-from diffusers import UNetMotionModel
+from diffusers import AnimateDiffPipeline, DiffusionPipeline, UNetMotionModel
+from torch import Tensor, nn
 
-from .base import TEXT, Tiny, noise
+from .base import TEXT, Tiny, ddim, noise, two_steps, vae
 from .unet import two_scales
 
 FRAMES = 3
@@ -26,6 +27,22 @@ def motion_inputs(height: int, width: int) -> dict:
     }
 
 
+def motion_pipeline(unet: nn.Module) -> AnimateDiffPipeline:
+    return AnimateDiffPipeline(
+        vae=vae(), text_encoder=None, tokenizer=None, unet=unet, motion_adapter=None, scheduler=ddim()
+    )  # fmt: skip
+
+
+def motion_draw(pipe: DiffusionPipeline, guidance: float) -> Tensor:
+    return two_steps(
+        pipe, prompt_embeds=noise(1, TEXT, 16, seed=2), negative_prompt_embeds=noise(1, TEXT, 16, seed=3),
+        guidance_scale=guidance, num_frames=FRAMES, height=24, width=40,
+    )  # fmt: skip
+
+
 HOSTS = {
-    "motion": Tiny("UNetMotionModel", motion_unet, motion_inputs, 4, "up_blocks.*", runs=two_scales, rows=2 * FRAMES),
-}
+    "motion": Tiny(
+        "UNetMotionModel", motion_unet, motion_inputs, 4, "up_blocks.*", motion_pipeline, motion_draw, 2 * FRAMES,
+        runs=two_scales,
+    ),
+}  # fmt: skip

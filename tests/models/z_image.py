@@ -5,9 +5,10 @@ from functools import partial
 
 import diffusers
 import torch
-from torch import nn
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
-from .base import Run, Tiny, noise
+from .base import Run, Tiny, noise, two_steps
 
 
 def z_image(**settings) -> nn.Module:
@@ -33,11 +34,28 @@ def z_image_runs(grid: tuple[int, ...], caption: int = 32) -> list[Run]:
     return [Run(grid, after=filling), Run(grid, after=filling + caption)]
 
 
+def z_image_pipeline(transformer: nn.Module) -> DiffusionPipeline:
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        transformer=transformer,
+    )  # fmt: skip
+
+
+def z_image_draw(pipe: DiffusionPipeline, guidance: float) -> Tensor:
+    """Z-Image counts guidance from 0."""
+    return two_steps(
+        pipe, prompt_embeds=[noise(7, 12, seed=2), noise(40, 12, seed=3)], guidance_scale=guidance - 1, height=96,
+        negative_prompt_embeds=[noise(5, 12, seed=4)] * 2, width=160,
+    )  # fmt: skip
+
+
 FAMILY = "ZImageTransformer2DModel"
 padded_inputs = partial(z_image_inputs, lengths=(7, 70))
 padded_runs = partial(z_image_runs, caption=96)
 
 HOSTS = {
     "z-image": Tiny(FAMILY, z_image, z_image_inputs, 3, "layers.*", runs=z_image_runs),
-    "z-image-padded": Tiny(FAMILY, z_image, padded_inputs, 3, "layers.*", runs=padded_runs),
+    "z-image-padded": Tiny(
+        FAMILY, z_image, padded_inputs, 3, "layers.*", z_image_pipeline, z_image_draw, runs=padded_runs
+    ),
 } if hasattr(diffusers, FAMILY) else {}  # fmt: skip
