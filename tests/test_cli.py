@@ -538,7 +538,7 @@ def test_videos_are_not_drawn(run, wan, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nonsense"], ["generate"], ["generate", "x", "--size", "big"], ["generate", "x", "--dtype", "int8"]],
+    [[], ["nonsense"], ["generate", "x", "--size", "big"], ["generate", "x", "--dtype", "int8"]],
 )
 def test_usage(run, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
