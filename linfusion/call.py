@@ -282,7 +282,13 @@ class AttnCall:
         return q, k
 
     def _norm(self) -> tuple[Tensor, Tensor]:
-        return (self.q, self.k) if self.norms is None else (self.norms.q(self.q), self.norms.k(self.k))
+        norms = self.norms
+        if norms is None:
+            return self.q, self.k
+        if norms.text_q is None or norms.text_k is None:
+            return norms.q(self.q), norms.k(self.k)
+        (tq, iq), (tk, ik) = self.split(self.q), self.split(self.k)
+        return self.join(norms.text_q(tq), norms.q(iq)), self.join(norms.text_k(tk), norms.k(ik))
 
     def _rotate(self, x: Tensor) -> Tensor:
         if self.rope is None:

@@ -373,9 +373,8 @@ def test_describe(run, folder):
     assert code == 0 and "0 of" in out and "not chosen" in out
     code, out, _ = run("describe", "--model", folder, "--device", "cpu", "--mechanism", "clear", "--radius", 2)
     assert code == 0 and re.search(r"4 of \d+ attention layers replaced", " ".join(out.split()))
-    code, out, _ = run(
-        "describe", "--model", folder, "--device", "cpu", "--mechanism", "clear", "--radius", 2, "--json"
-    )
+    settings = ("--device", "cpu", "--mechanism", "clear", "--radius", 2, "--json")
+    code, out, _ = run("describe", "--model", folder, *settings)
     report = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert report["replaced"] == 4 and {"layer", "mechanism", "reason"} <= report["layers"][0].keys()
@@ -536,10 +535,10 @@ def test_videos_are_not_drawn(run, wan, tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["nonsense"], ["generate", "x", "--size", "big"], ["generate", "x", "--dtype", "int8"]],
-)
+USAGE = [[], ["nonsense"], ["generate", "x", "--size", "big"], ["generate", "x", "--dtype", "int8"]]
+
+
+@pytest.mark.parametrize("arguments", USAGE)
 def test_usage(run, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -586,13 +585,8 @@ def test_as_a_process(tmp_path, flux):
 
     def shell(*arguments):
         command = [sys.executable, "-m", "linfusion", *map(str, arguments)]
-        environment = {
-            "PYTHONPATH": root,
-            "HF_HUB_OFFLINE": "1",
-            "PATH": "",
-            "HOME": str(tmp_path),
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
+        environment["OMP_NUM_THREADS"] = "1"
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
     done = shell(*draw(flux, "--mechanism", "clear", "--radius", 2, "--json"))

@@ -66,7 +66,7 @@ def test_whole_models_compile(dynamo, name):
         assert gap(compiled(model, inputs, dynamic=dynamic), forward(model, inputs)) < 1e-5
 
 
-SIZES = ((8, 8), (6, 9), (12, 8), (10, 14), (16, 4))
+SIZES = ((8, 8), (6, 9), (4, 8), (6, 8), (16, 4))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_at_most_one_graph_for_a_size(dynamo, name, configs):
     model = {"unet": two_layer_unet, "flux": small_flux, "wan": HOSTS["wan"].build}[name]()
     layers = [r.layer for r in lf.describe(model).layers if r.reason == "not chosen"]
     model = apply(lively(model).eval(), dict(zip(layers, configs, strict=True)))
-    graphs = []
+    graphs, sizes = [], SIZES if name == "flux" else SIZES[:3]  # a graph takes seconds
 
     def backend(graph, _):
         # what reads the layout in front of the model is a graph of its own, of a few numbers
@@ -88,9 +88,9 @@ def test_at_most_one_graph_for_a_size(dynamo, name, configs):
 
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for _ in range(2):
-        for grid in SIZES:
+        for grid in sizes:
             forward(compiled, HOSTS["unet-sd15" if name == "unet" else name].inputs(*grid))
-    assert 0 < len(graphs) <= len(SIZES)
+    assert 0 < len(graphs) <= len(sizes)
 
 
 def test_flux_compiles_where_nothing_needs_the_grid(dynamo):

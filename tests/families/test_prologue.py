@@ -42,8 +42,10 @@ def takes_it(attn) -> bool:
     return norm == "RMSNorm" or (norm == "NoneType" and attn.linfusion.site.rotary)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_softmax_through_the_kernel_is_as_exact_as_the_host(tiny, fused, dtype):
+def test_softmax_through_the_kernel_is_as_exact_as_the_host(tiny, fused):
+    if tiny is HOSTS.get("z-image-padded"):
+        pytest.skip("the layers of z-image, with so much padding that the interpreter takes a quarter of a minute")
+    dtype = torch.float16
     exact = forward(tiny.build().double(), cast(small(tiny), torch.float64))
     model, inputs = tiny.build().to(dtype), cast(small(tiny), dtype)
     stock = forward(model, inputs)
@@ -90,8 +92,9 @@ CONFIGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "config"), [(name, c) for name in KINDS for c in (CONFIGS if name == "flux" else CONFIGS[::2])], ids=str
+)
 def test_every_mechanism(name, config, fused):
     model, inputs = HOSTS[name].build(), small(HOSTS[name])
     lf.apply(model, config, fuse_prologue=False)

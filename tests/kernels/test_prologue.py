@@ -151,7 +151,7 @@ def test_kernels(case, dtype, assert_accurate, launched):
         assert_accurate(name, *values)
 
 
-@pytest.mark.parametrize("dim, image", [(40, 1), (72, 63)])
+@pytest.mark.parametrize("dim, image", [(40, 1), (72, 17)])
 def test_sizes(dim, image, assert_accurate):
     pytest.importorskip("triton")
     tensors, settings, rope = build(CASES["FLUX, double"], torch.float32, dim, 2, image, 1)
