@@ -16,22 +16,11 @@ tokens makes the first and one over agents the second. Logarithms are in base 2.
 import triton
 import triton.language as tl
 
-from .linear_triton import FLUSHING_EXP, _aligned, _load
+from .linear_triton import _aligned, _exp2, _load
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # what follows from a sequence's length: no kernel is compiled again for another one
 LENGTHS = ("tokens", "chunk", "parts", "slot", "slots")
-
-
-@triton.jit
-def _exp2(x):
-    """PTX's exponential that flushes denormal results: see `linear_triton`."""
-    if FLUSHING_EXP:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ def readable(*tensors: Tensor) -> bool:
     """Whether the engine can read these: 16 bits an element, channels side by side, all else aligned to 16 bytes."""
     return TensorDescriptor is not None and all(
         x.element_size() == 2 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-        and all(n % 8 == 0 for n in x.stride()[:-1]) and _engine(x.device)
+        and all(n % 8 == 0 for n in x.stride()[:-1]) and has_engine(x.device)
         for x in tensors
     )  # fmt: skip
 
@@ -34,7 +34,7 @@ def tiles(x: Tensor, shape: list[int]) -> Any:
 
 
 @functools.cache
-def _engine(device: torch.device) -> bool:
+def has_engine(device: torch.device) -> bool:
     """Whether there is one; the interpreter has what stands for it."""
     if device.type != "cuda":
         return True

@@ -14,11 +14,19 @@ FLUSHING_EXP = tl.constexpr(torch.version.hip is None and not triton.knobs.runti
 
 
 @triton.jit
-def _exp(x):
+def _exp2(x):
     if FLUSHING_EXP:
         return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _exp(x):
+    if FLUSHING_EXP:
+        return _exp2(x * 1.4426950408889634)
     else:
         return tl.exp(x)
 

@@ -10,17 +10,7 @@ the sequence; list number `blocks` names all key blocks and serves kept queries.
 import triton
 import triton.language as tl
 
-from .linear_triton import FLUSHING_EXP, _add_both, _aligned, _dot, _features, _features_backward, _inverse
-
-
-@triton.jit
-def _exp2(x):
-    if FLUSHING_EXP:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
+from .linear_triton import _add_both, _aligned, _dot, _exp2, _features, _features_backward, _inverse
 
 
 @triton.jit

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,17 +10,12 @@ from torch import Tensor
 
 from . import window_plan
 from .backend import HAS_TRITON, multiprocessors
+from .descriptors import TensorDescriptor, has_engine, readable
 from .launch import Launch, Remembered
 from .window_torch import Window
 
-TensorDescriptor: Any = None
 if HAS_TRITON:
     from . import window_triton as triton_kernels
-
-    with contextlib.suppress(ImportError):  # before 3.4
-        from triton.tools import tensor_descriptor
-
-        TensorDescriptor = tensor_descriptor.TensorDescriptor
 
 LOG2E = 1.4426950408889634
 Shape = tuple[int, int, int]
@@ -122,7 +115,7 @@ def _common(kernel: str, q: Tensor, groups: int, window: Window, masked: bool, a
     """`alone`: so many tokens without a place (pooled ones) instead of text and image."""
     batch, tokens, heads, dim = q.shape
     video, shape = len(window.grid) == 3, _shape(window)
-    chosen = (BLOCKS if _engine(q.device) else EARLIER)[kernel]
+    chosen = (BLOCKS if has_engine(q.device) else EARLIER)[kernel]
     block = next(blocks for most, blocks in chosen.items() if dim <= most)
     if q.element_size() == 4:
         block = Blocks(64, 32 if dim <= 128 else 16, 4, 1)
@@ -212,17 +205,7 @@ def _tiles(views: _Views | None, x: Tensor, y: Tensor, *stats: Tensor) -> tuple[
 
 def _tma(x: Tensor) -> bool:
     """Whether Hopper's copy engine can read the heads of x: side by side, everything aligned to 16 bytes."""
-    if TensorDescriptor is None or x.element_size() != 2 or x.stride(2) != x.shape[3] or not _engine(x.device):
-        return False
-    return x.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in x.stride()[:3])
-
-
-@functools.cache
-def _engine(device: torch.device) -> bool:
-    """Whether there is one; the interpreter has what stands for it."""
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    return x.stride(2) == x.shape[3] and readable(x)
 
 
 def _real(text_mask: Tensor | None, q: Tensor, window: Window) -> tuple[Tensor, bool]:

@@ -6,11 +6,11 @@ of its windows first, without a mask. Windows are symmetric, so one table serves
 `bench/NOTES.md` has the arithmetic.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-FLUSHING_EXP = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+from .linear_triton import _exp2
+
 # a coordinate that is nowhere near, its square still far from infinity
 FAR = tl.constexpr(1.0e12)
 # lower than any score, and not infinite: what is subtracted from a row that has seen nothing yet
@@ -23,17 +23,6 @@ SIZES = (
     "tokens", "text", "text_at", "image_at", "run_at", "run_end", "F", "H", "W", "tiles_y", "tiles_x", "pieces",
     "piece", "text_programs", "images", "heads", "group", "pooled", "own", "real_b",
 )  # fmt: skip
-
-
-@triton.jit
-def _exp2(x):
-    """Denormal results flushed to zero, three instructions less each."""
-    if FLUSHING_EXP:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.math.exp2(x)
 
 
 @triton.jit
