@@ -201,6 +201,8 @@ def suits(
             factors += bias
             if bias[0].shape[-1] > MAX_RANK:
                 lacking = f"its kernels take biases with up to {MAX_RANK} columns, not {bias[0].shape[-1]}"
+    if v.shape[-1] != q.shape[-1]:
+        lacking = f"values have head dim {v.shape[-1]}, keys {q.shape[-1]}"
     if trained:
         lacking = "gradients of a bias's weights are computed by PyTorch"
     if not min(scale, agent_scale) > 0:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import shared_memory, why_not_triton
-from .checks import block_counts, check_block_map, check_qkv, check_routing, repeat_heads
+from .checks import block_counts, check_block_map, check_head_dim_of_values, check_qkv, check_routing, repeat_heads
 from .eager import differentiable
 from .routing_launch import MOST_BLOCKS, by_keys, from_map, route, to_map
 from .sparse_launch import ROOM, Linear, Problem, attend, key_gradients, query_gradients, sums_dtype
@@ -61,6 +61,7 @@ def block_sparse_attention(
         ValueError: shapes that do not belong together, or block sizes that are out of their range.
     """
     check_qkv(q, k, v)
+    check_head_dim_of_values(q, v)
     chosen = check_block_map(block_map, q, k, block_q, block_k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, chosen, block_q, block_k, scale)

@@ -10,6 +10,12 @@ from .features import named_feature_map
 from .rotary import RopeTables, check_tables
 
 
+def check_head_dim_of_values(q: Tensor, v: Tensor) -> None:
+    """ValueError where values have another head dim than queries, for ops that take one."""
+    if v.shape[-1] != q.shape[-1]:
+        raise ValueError(f"v must have the head dim of q, {q.shape[-1]}, got {v.shape[-1]}.")
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless q, k and v are `[B, S, H, D]` tensors that belong together.
 

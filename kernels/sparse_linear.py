@@ -15,7 +15,15 @@ from . import sla_launch
 from . import sparse_linear_torch as path
 from .backend import why_not_triton
 from .block_sparse import lacking
-from .checks import block_counts, check_keep, check_projection, check_qkv, check_routing, repeat_heads
+from .checks import (
+    block_counts,
+    check_head_dim_of_values,
+    check_keep,
+    check_projection,
+    check_qkv,
+    check_routing,
+    repeat_heads,
+)
 from .features import named_feature_map
 from .reference_sparse import LINEAR_EPS
 from .rest_launch import MOST_DIM
@@ -69,9 +77,11 @@ def sparse_linear_attention(
         ValueError: shapes that do not belong together, or a setting that is out of its range.
     """
     check_qkv(q, k, v)
+    check_head_dim_of_values(q, v)
     check_routing(topk, block_q, block_k, feature_map, linear, skip)
     start, stop = check_keep(keep, q.shape[1], k.shape[1], text_mask, q.shape[0])
     check_projection(proj_weight, proj_bias, q.shape[-1])
+    proj_bias = None if proj_bias is None else proj_bias.contiguous()  # the kernels read it without a stride
     heads, scale = q.shape[2], q.shape[-1] ** -0.5 if scale is None else float(scale)
     sparse: Tensor
     if topk < 1 and stop - start < k.shape[1]:

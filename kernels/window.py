@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .backend import why_not_triton
-from .checks import check_grid, check_qkv, check_radius
+from .checks import check_grid, check_head_dim_of_values, check_qkv, check_radius
 from .reference import window_weights
 from .window_launch import why_not
 from .window_op import eager, window_op
@@ -62,8 +62,7 @@ def window_attention(
             unknown `shape` or `text_sees`.
     """
     check_qkv(q, k, v)
-    if v.shape[-1] != q.shape[-1]:
-        raise ValueError(f"v must have the head dim of q, {q.shape[-1]}, got {v.shape[-1]}.")
+    check_head_dim_of_values(q, v)
     device_grid, sizes = (grid, []) if isinstance(grid, Tensor) else (None, list(grid))
     if device_grid is None:
         sizes = list(check_grid(sizes, q.shape[1], text, text_mask, q.shape[0]))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..apply import apply, kept
+from ..apply import apply, kept, named_denoisers, record_of
 from ..weights import load
 from . import scale
 from .facts import call_defaults, text_reader
@@ -122,6 +122,8 @@ def cascade(
         "model": str(getattr(pipe.config, "_name_or_path", "")),
         "prompt": prompt,
     }
+    if folder is not None:
+        run["attention"] = _attention(pipe)
     shelf = Shelf(folder, run | {"seed": seed, "image": digest(image), "arguments": digest(arguments)})
     result = Cascade(torch.empty(0))
     clean: Tensor | None = None
@@ -232,6 +234,24 @@ def call_arguments(pipe: Any, stage: Stage, steps: int, seed: int) -> dict[str, 
     if stage.guidance is not None and "guidance_scale" not in known:
         raise ValueError(f"{type(pipe).__name__} does not take guidance_scale.")
     return {name: value for name, value in given.items() if value is not None and name in known}
+
+
+def _attention(pipe: Any) -> dict[str, Any]:
+    """What was applied to the pipeline before: mechanisms and trained weights by layer, for the shelf."""
+    found: dict[str, Any] = {}
+    for part, model in named_denoisers(pipe).items():
+        record = record_of(model)
+        if record is None:
+            continue
+        for name, entry in record.entries.items():
+            found[f"{part}.{name}"] = [repr(entry.mechanism.config), _weights(entry.mechanism.state_dict())]
+        found[part] = _weights({name: model.get_parameter(name) for name in record.originals})
+    return found
+
+
+def _weights(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Offloaded ones are elsewhere and left out."""
+    return {name: digest(x) for name, x in tensors.items() if not x.is_meta}
 
 
 @contextlib.contextmanager

@@ -58,6 +58,8 @@ def native_size(pipe: Any) -> int | None:
         return own
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     size = getattr(pipe, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None)
+    if isinstance(size, (list, tuple)):
+        size = size[0]
     return size * getattr(pipe, "vae_scale_factor", 8) if isinstance(size, int) else None
 
 

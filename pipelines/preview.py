@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .latents import to_vae
+
 SIDE = 32
 """Latents a side at most that are decoded, so that a preview costs the same for every size."""
 
@@ -57,5 +59,5 @@ class Preview:
         if scale < 1:
             latents = F.interpolate(latents.float(), scale_factor=scale, mode="area")
         vae = self.pipe.vae
-        x = latents[:1].to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
+        x = to_vae(vae, latents[:1].to(vae.dtype))
         return self.pipe.image_processor.postprocess(vae.decode(x).sample, output_type="pil")[0]

@@ -125,8 +125,10 @@ def sizes_up_to(start: Size, end: int, multiple: int) -> list[Size]:
     """Sizes from `start`, left out, up to `end` pixels of the longer side, each at most twice the one before.
 
     Raises:
-        ValueError: `end` is not above `start`.
+        ValueError: `end` is not above `start`, or no multiple of what the model's sizes are multiples of.
     """
+    if end % multiple:
+        raise ValueError(f"size must be a multiple of {multiple} pixels for this model, got {end}.")
     height, width = (start, start) if isinstance(start, int) else start
     longer = max(height, width)
     if end <= longer:

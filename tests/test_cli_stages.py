@@ -18,7 +18,9 @@ def test_large_pictures_by_stages(run, flux):  # noqa: F811
     assert [(s["steps"], s["resumed"]) for s in figures["stages"]] == [(2, False), (1, False)]
     assert figures["stages"][1]["level"] == pytest.approx(0.4)
     assert "64 x 64" in err and "128 x 128" in err and "2/2" in err and "1/1" in err
-    code, out, _ = run(*draw(flux, *more, "--out", "b.tif"))
+    other, _, err = run(*draw(flux, *more, "--out", "b.tif"))
+    assert other == 2 and "stages of another picture" in err
+    code, out, _ = run(*draw(flux, *more, "--out", "b.tif", "--mechanism", "clear", "--radius", 2))
     assert all(s["resumed"] for s in json.loads(out)["stages"]) and Image.open("b.tif").size == (128, 128)
     assert run(*draw(flux, "--size", 128, "--direct", "--json"))[1].count('"stages"') == 0
 
@@ -36,6 +38,7 @@ def test_upscale(run, flux):  # noqa: F811
     ("arguments", "said"),
     [
         (["a.png", "x", "--size", "64"], "size must be above the 64 pixels"),
+        (["a.png", "x", "--size", "100"], "size must be a multiple of 16 pixels"),
         (["b.png", "x", "--size", "128"], "b.png cannot be read as a picture"),
         (["a.png", "", "--size", "128"], "prompt is empty"),
         (["a.png", "x", "--size", "128", "--stage-steps", "1,2,3"], "--stage-steps has 3 values for 1 stages"),
@@ -49,3 +52,9 @@ def test_mistakes(run, flux, arguments, said):  # noqa: F811
     Image.effect_noise((64, 48), 80).save("a.png")
     code, out, err = run("upscale", *arguments, "--model", flux, "--device", "cpu")
     assert code == 2 and out == "" and said in err.splitlines()[-1] and err.splitlines()[-1].startswith("linfusion:")
+
+
+def test_stage_options_of_a_picture_without_stages(run, flux):  # noqa: F811
+    more = ["--memory", "24GiB", "--low-guidance", "1", "--direct", "--size", 128]
+    code, _, err = run(*draw(flux, *more))
+    assert code == 2 and "--low-guidance, --memory is for pictures drawn by stages" in err

@@ -13,10 +13,17 @@ from typing import Any
 from PIL import Image
 
 import linfusion as lf
-from linfusion.apply import denoisers
 from linfusion.describe import Description
 from linfusion.mechanisms import MechanismConfig, config_from_dict
-from linfusion.pipelines.facts import call_defaults, check_pipeline, check_request, made_for, remarks, size_multiple
+from linfusion.pipelines.facts import (
+    call_defaults,
+    check_pipeline,
+    check_request,
+    made_for,
+    native_size,
+    remarks,
+    size_multiple,
+)
 from linfusion.pipelines.generate import generate, psnr
 from linfusion.pipelines.preview import Preview
 from linfusion.pipelines.settings import Settings, public_name, save
@@ -96,8 +103,8 @@ class Studio:
         pipe = self.pipe
         check_pipeline(pipe, None)
         self.choices: dict[str, Choice] = choices_for(pipe)
-        defaults = call_defaults(pipe) | getattr(pipe, "defaults", {})
-        self.size: int = made_for(pipe) or defaults.get("height") or _usual_size(pipe)
+        defaults = call_defaults(pipe)
+        self.size: int = made_for(pipe) or defaults.get("height") or native_size(pipe) or 512
         low, high = getattr(pipe, "size_limits", (min(256, self.size), 2 * self.size))
         self.low, self.high = low, min(high, self.max_size or high)
         self.multiple = math.lcm(size_multiple(pipe), 32)
@@ -260,13 +267,6 @@ class Studio:
         words = "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in settings.prompt).split())[:40]
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         return folder / f"{words or 'picture'}-{settings.seed}.png"
-
-
-def _usual_size(pipe: Any) -> int:
-    """Height and width that a pipeline without a default of its call draws, in pixels."""
-    (model,) = denoisers(pipe)
-    side = getattr(pipe, "default_sample_size", None) or getattr(model.config, "sample_size", None) or 64
-    return (side if isinstance(side, int) else side[0]) * getattr(pipe, "vae_scale_factor", 8)
 
 
 def label_of(config: MechanismConfig | None) -> str:

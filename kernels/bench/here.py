@@ -1,7 +1,7 @@
 """`linfusion bench --here`: from which size on Triton is faster than PyTorch here, and exact attention slower.
 
 Call after call by the host's clock, as a pipeline calls: for small sizes launches are what costs. Forward only. Triton
-and PyTorch are both the library's own; Triton is checked before its times count, as for the tables.
+and PyTorch are both the library's own; Triton is checked as for the tables, at the smallest size alone.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class Prologue(Op):
         return ("out_q", "out_k", "out_v") if shape.get("t") else ("out_q", "out_k")
 
     def passes(self, shape: Shape, direction: str) -> int:
-        """q and k in and out, then both and their two gradients; v is moved where there is text to join."""
-        return (4 if direction == "forward" else 6) + (2 if shape.get("t") else 0)
+        """q and k in and out, v too with text to join; then both and their two gradients, v's being a view."""
+        return 6 if direction == "backward" or shape.get("t") else 4
 
     def inputs(self, case: Case, device: torch.device) -> dict[str, Tensor]:
         shape, text = case.shape, case.shape.get("t", 0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..mechanisms import MechanismConfig, config_from_dict
 from .options import DEFAULT_MODEL, add_mechanism_options, add_model_options, change, chosen_mechanism, load_pipeline
-from .stages import add_stage_options
+from .stages import add_stage_options, check_no_stages
 
 if TYPE_CHECKING:  # the command's help need not wait for PIL
     from ..describe import Description
@@ -45,7 +45,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--seed", type=int, help="of the starting noise; default 0")
     parser.add_argument(
         "--json", action="store_true",
-        help="print the figures as one JSON object; psnr is null when nothing was compared or the pictures are equal",
+        help="print the figures as one JSON object, by stages those of each; psnr is null "
+        "when nothing was compared or the pictures are equal",
     )  # fmt: skip
     add_stage_options(parser)
     add_model_options(parser)
@@ -69,16 +70,18 @@ def run(args: argparse.Namespace) -> int:
 
     pipe = load_pipeline(args)
     staged = needs_cascade(pipe, args.size) and not (args.compare or args.direct)
+    if not staged:
+        check_no_stages(args)
     check_pipeline(pipe, None if staged else args.size, prefix="--")
     change(pipe, args, config)
     name, label = _mechanism(pipe), _label(args, config)
     console = Console(stderr=True)
-    for remark in remarks(pipe, args.prompt, None if staged else args.size, args.guidance):
-        console.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if staged:
         native = native_size(pipe)
         assert native is not None
         return draw_stages(pipe, args, [native, *sizes_up_to(native, args.size, size_multiple(pipe))])
+    for remark in remarks(pipe, args.prompt, args.size, args.guidance):
+        console.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def draw(title: str, steps: int | None = args.steps) -> Picture:
         with _progress(console, title, steps or _default_steps(pipe)) as on_step:

@@ -50,6 +50,18 @@ def stage_settings(args: argparse.Namespace, own: dict[str, Any], count: int) ->
     return result
 
 
+def check_no_stages(args: argparse.Namespace) -> None:
+    """ValueError for an option of the stages where a picture is drawn at once."""
+    flags = {f"stage_{name}": flag for name, (flag, _) in NUMBERS.items()}
+    flags |= {"stage_steps": "stage-steps", **{name: name for name in ("upscale", "proportional", "stages", "memory")}}
+    given = [f"--{flag}" for name, flag in flags.items() if getattr(args, name) is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} is for pictures drawn by stages: a --size of at least one and a half times the "
+            "model's own, without --direct and --compare."
+        )
+
+
 @contextmanager
 def bars(console: Any, plan: Sequence[Stage], first: int | None) -> Iterator[Callable[[int, int, int], None]]:
     """A bar for each stage on standard error; gives the function to call after each step."""

@@ -59,6 +59,7 @@ def draw_stages(pipe: Any, args: argparse.Namespace, sizes: list[Any], **more: A
     from rich.console import Console
 
     from ..pipelines.cascade import cascade
+    from ..pipelines.facts import remarks
     from ..pipelines.stages import stages, steps_of
 
     drawn = 0 if "image" in more else 1
@@ -68,6 +69,8 @@ def draw_stages(pipe: Any, args: argparse.Namespace, sizes: list[Any], **more: A
     if len(sizes) > drawn:
         plan += stages(sizes[drawn:], **settings)
     console = Console(stderr=True)
+    for remark in remarks(pipe, args.prompt, None, args.guidance):
+        console.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
     with bars(console, plan, steps_of(pipe, plan[0], whole=drawn == 1)) as tell:
         done = cascade(
             pipe, args.prompt, plan, guidance=args.guidance, seed=args.seed, folder=args.stages, out=args.out,

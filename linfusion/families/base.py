@@ -217,7 +217,7 @@ def skipped_as(ours: type[Processor], module: str, stock: str) -> None:
         from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
 
         Registry.register(ours, Registry.get(getattr(import_module(f"diffusers.models.{module}"), stock)))
-    except (ImportError, ValueError):  # an older diffusers: no layer skipping, or not of this processor
+    except (ImportError, AttributeError, ValueError):  # another diffusers: no layer skipping, or not of this processor
         pass
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..call import Layout, Rope, Site, reference_tokens_first, reference_tokens_last
 from ..kernels import RopeTables
-from .base import DispatchProcessor, Family, HostLayer, argument, skipped_as
+from .base import DispatchProcessor, Family, HostLayer, argument
 from .joint import block_attention, joint_site
 
 # the oldest supported diffusers hands the text's mask down to the layers but attends to padding all the same
@@ -48,9 +48,6 @@ class QwenProcessor(DispatchProcessor):
         assert text is not None  # it came apart
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text.contiguous())
-
-
-skipped_as(QwenProcessor, "transformers.transformer_qwenimage", "QwenDoubleStreamAttnProcessor2_0")
 
 
 def qwen_rope(tables: tuple[Tensor, Tensor] | None, moved: int) -> Rope | None:

@@ -349,3 +349,10 @@ def test_the_compiler_takes_them():
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_values_of_another_head_dim(launched):
+    q, k, v, agents = (torch.randn(1, n, 2, d) for n, d in ((9, 16), (9, 16), (9, 32), (4, 16)))
+    got = agent_attention(q, k, v, agents)
+    assert not launched
+    torch.testing.assert_close(got, reference.agent_attention(q, k, v, agents))

@@ -358,3 +358,21 @@ def test_the_compiler_takes_them_and_spills_next_to_nothing():
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_values_of_another_head_dim_are_refused():
+    q, k, v = (torch.randn(1, 32, 2, n, device=DEVICE) for n in (16, 16, 32))
+    for values in (v, v[..., :8]):
+        with pytest.raises(ValueError, match="v must have the head dim of q, 16"):
+            sla(q, k, values, topk=0.5, block_q=16, block_k=16)
+        with pytest.raises(ValueError, match="v must have the head dim of q, 16"):
+            block_sparse_attention(q, k, values, torch.ones(1, 2, 2, 2, dtype=torch.bool), block_q=16, block_k=16)
+
+
+def test_a_bias_with_a_stride():
+    q, k, v = (torch.randn(1, 32, 2, 16, device=DEVICE) for _ in range(3))
+    weight, bias = torch.randn(16, 16, device=DEVICE), torch.randn(32, device=DEVICE)[::2]
+    settings = {"topk": 0.5, "block_q": 16, "block_k": 16, "proj_weight": weight}
+    torch.testing.assert_close(
+        sla(q, k, v, proj_bias=bias, **settings), sla(q, k, v, proj_bias=bias.clone(), **settings)
+    )

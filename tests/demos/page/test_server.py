@@ -15,9 +15,10 @@ from linfusion.demos.page.studio import MAX_STEPS
 from linfusion.pipelines.generate import Picture
 from linfusion.pipelines.settings import Settings
 
+from .conftest import need
 from .test_jobs import until
 
-httpx = pytest.importorskip("httpx")
+httpx = need("httpx")
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_fifty_at_once(site, visitor, monkeypatch):
 
 
 def test_old_files_go(tmp_path):
-    pytest.importorskip("gradio")
+    need("gradio")
     from linfusion.demos.page.app import sweep
 
     over, old, new = threading.Event(), tmp_path / "a" / "old.png", tmp_path / "new.png"
