@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 import linfusion as lf
+from linfusion.apply import denoisers
 from linfusion.describe import Description
 from linfusion.mechanisms import MechanismConfig, config_from_dict
 from linfusion.pipelines.facts import (
@@ -101,6 +102,7 @@ class Studio:
     def _learn(self) -> None:
         """What the pipeline offers: mechanisms, sizes, defaults."""
         pipe = self.pipe
+        denoisers(pipe)  # raises for what is no pipeline
         check_pipeline(pipe, None)
         self.choices: dict[str, Choice] = choices_for(pipe)
         defaults = call_defaults(pipe)
