@@ -264,7 +264,7 @@ def test_reload_while_running(open_page, site):
     page.press("#steps input[type=number]", "Tab")
     page.click("#draw")
     says(page, "#status", "Done in")
-    assert "steps=1&" in page.url
+    page.wait_for_url("**steps=1&**", timeout=10_000)  # the address follows the picture
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
